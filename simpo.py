@@ -7,7 +7,6 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
     python simpo.py                                               # demo: no network, a minute
     python simpo.py --model M --dataset D --eval_dataset E        # one CPU or GPU
     torchrun --nproc_per_node=8 simpo.py --model M --dataset D    # eight GPUs
-    python simpo.py --help                                        # every flag, with its default
 
 Rooms, in order: objectives, log-likelihood, data, configuration, runtime, training, demo, main.
 Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabulary, D hidden.
@@ -18,9 +17,9 @@ Where this file departs from the paper:
     turn) and the prompt's end (last words, assistant header) stay.
 Where it departs from the authors' code, princeton-nlp/SimPO:
  3. --gamma is the paper's gamma; the official gamma_beta_ratio is gamma / beta.
- 4. The prompt is rendered with the assistant header, so the header is not scored; the answer
-    ends with exactly one end-of-turn token, scored, and nothing after it.
- 5. Each answer is cut by itself to the room its prompt leaves. A cut answer gets no end of turn.
+ 4. The assistant header belongs to the prompt and is not scored. An answer ends with exactly
+    one end-of-turn token, scored, and nothing after it.
+ 5. Each answer is cut by itself to the room its prompt leaves; a cut one has no end of turn.
  6. A pair with an empty answer is dropped before training, not divided by its length 0.
  7. Metrics cover all pairs of all processes, not those of rank 0.
 """
@@ -137,33 +136,28 @@ class UserError(Exception):
     """A mistake of the person at the keyboard: one line that names the file, row or flag."""
 
 
-def split_row(row: dict) -> tuple[list[dict] | str, list[str]] | None:
-    """A row in any format -> its prompt, as messages or a text, and the texts of both answers.
+def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
+    """A row in any format -> its prompt, as messages or a text, and both answers' texts.
 
-    None where the two do not answer the same prompt.
+    None where the answers are to different prompts.
     """
-    for name in ("chosen", "rejected", "prompt"):
-        value = row.get(name) if name != "prompt" or row.get(name) is not None else ""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    for name, value in {"chosen": chosen, "rejected": rejected, "prompt": prompt or ""}.items():
         texts = [m.get("content") for m in value] if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) for text in texts) or type(chosen) is not type(rejected):
             raise UserError(f"{name!r} is {value!r:.60}, neither a text nor a list of messages")
-    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
-        if prompt is not None:
-            return prompt, sides
-        heads, marks, answers = zip(*(side.rpartition("\n\nAssistant:") for side in sides))
-        if not all(marks):  # it is not in the style of hh-rlhf either
-            raise UserError("there is no 'prompt', nor a '\\n\\nAssistant:' in both answers")
-        return (heads[0] + marks[0], list(answers)) if heads[0] == heads[1] else None
-    sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in sides]
-    if isinstance(prompt, str) and len(sides[0]) == len(sides[1]) == 1:
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):  # the sides continue it, unless they begin with it
-        sides = [s if prompt and s[: len(prompt)] == prompt else prompt + s for s in sides]
-    if not all(len(s) > 1 and s[-1].get("role") == "assistant" for s in sides):
-        raise UserError("'chosen' and 'rejected' must end in an assistant's answer to a prompt")
-    same = sides[0][:-1] == sides[1][:-1]
-    return (sides[0][:-1], [side[-1]["content"] for side in sides]) if same else None
+    if isinstance(chosen, str) and prompt is not None:
+        return prompt, chosen, rejected
+    if isinstance(chosen, str):  # hh-rlhf: each side is a dialogue that ends in an answer
+        head, mark, chosen = chosen.rpartition("\n\nAssistant:")
+        other, _, rejected = rejected.rpartition("\n\nAssistant:")
+        return (head + mark, chosen, rejected) if head == other else None
+    if isinstance(prompt, list):  # a string beside whole conversations just repeats their start
+        chosen, rejected = prompt + chosen, prompt + rejected
+    if any(not side or side[-1]["role"] != "assistant" for side in (chosen, rejected)):
+        raise UserError("'chosen' and 'rejected' must end in a message of the assistant")
+    same = chosen[:-1] == rejected[:-1]
+    return (chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]) if same else None
 
 
 @cache
@@ -185,48 +179,44 @@ def tokenize_pair(
     identical or answer different prompts. Lengths are in tokens: max_prompt_length for the
     prompt, max_length for prompt and answer. Raises UserError on a malformed row.
     """
-    prompt, answers = split_row(row) or (None, [])
-    if prompt is None or not all(answer.strip() for answer in answers):
-        return drop("an empty answer" if answers else "two prompts")
+    prompt, *answers = split_row(row) or (None,)
+    if not prompt or not all(answer.strip() for answer in answers):
+        return drop("an empty answer" if prompt else "no common prompt")
     encode, start = partial(tokenizer.encode, add_special_tokens=False), []
     if isinstance(prompt, str):  # BOS if the tokenizer is used to one; one EOS after the answer
-        text, other, end = prompt, "", tokenizer.eos_token
+        text, other, eos = prompt, "", tokenizer.eos_token
         if encode(text)[:1] != [tokenizer.bos_token_id]:
             start = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]
-        answers = [answer.removesuffix(end) + end for answer in answers]
-    elif tokenizer.chat_template:
+        answers = [answer.removesuffix(eos) + eos for answer in answers]
+    else:
         render = partial(tokenizer.apply_chat_template, tokenize=False)
-        text = render(prompt, add_generation_prompt=True)
+        other = [m if m["role"] == "system" else m | {"content": "@@"} for m in prompt]
+        text, other = (render(messages, add_generation_prompt=True) for messages in (prompt, other))
         full = [render([*prompt, {"role": "assistant", "content": a}]) for a in answers]
         tail, end = turn_ending(tokenizer)
         if not all(f.startswith(text) and f.endswith(tail) for f in full):
             raise UserError("the chat template writes this prompt differently before an answer")
         answers = [f[len(text) : len(f) - len(tail)] + end for f in full]
-        other = [m if m["role"] == "system" else m | {"content": "@@"} for m in prompt]
-        other = render(other, add_generation_prompt=True)
-    else:
-        raise UserError("these are messages, but the model's tokenizer has no chat template")
     # An answer is encoded where it stands. If its first letters merge into the prompt's last
     # token there, it is encoded alone: the prompt must be the same for both answers.
     prompt_ids, sides = start + encode(text), []
     for answer in answers:
         joint = start + encode(text + answer)
-        merges = joint[: len(prompt_ids)] != prompt_ids
-        sides.append(encode(answer) if merges else joint[len(prompt_ids) :])
+        stands = joint[: len(prompt_ids)] == prompt_ids
+        sides.append(joint[len(prompt_ids) :] if stands else encode(answer))
     if cut := max(len(prompt_ids) - max_prompt_length, 0):
-        # What a prompt of other words has in common with this one is the template's, and stays.
-        ids = prompt_ids, start + encode(other)
+        # What a prompt of other words has in common with this one is the template's: it stays.
+        ids = [prompt_ids, start + encode(other)]
         head, tail = (len(os.path.commonprefix(x)) for x in (ids, [i[::-1] for i in ids]))
-        keeps = head + tail < max_prompt_length
-        prompt_ids = prompt_ids[:head] + prompt_ids[head + cut :] if keeps else prompt_ids
-    room = max_length - len(prompt_ids)
-    if room < 1 or not 0 < len(prompt_ids) <= max_prompt_length:
-        return drop("no room for an answer" if prompt_ids else "an empty prompt")
-    chosen_ids, rejected_ids = (ids[:room] for ids in sides)
-    if chosen_ids == rejected_ids:
-        return drop("identical answers")
-    pair = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
-    return pair | {"truncated": cut > 0 or [chosen_ids, rejected_ids] != sides}
+        if head + tail >= max_prompt_length:
+            return drop("no room for the prompt")
+        prompt_ids = prompt_ids[:head] + prompt_ids[head + cut :]
+    if (room := max_length - len(prompt_ids)) < 1:
+        return drop("no room for an answer")
+    kept = [ids[:room] for ids in sides]
+    pair = {"prompt_ids": prompt_ids, "chosen_ids": kept[0], "rejected_ids": kept[1]}
+    pair["truncated"] = cut > 0 or kept != sides
+    return pair if kept[0] != kept[1] else drop("identical answers")
 
 
 def collate(pairs: list[dict], pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -236,79 +226,74 @@ def collate(pairs: list[dict], pad_token_id: int = 0) -> dict[str, Tensor]:
     any pad_token_id gives the same scores.
     """
     rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
-    lengths = torch.tensor([len(answer) for _, answer in rows])  # [2B] by count, never by value
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    padded = [[*x, *y] + [pad_token_id] * (width - len(x) - len(y)) for x, y in rows]
-    # The hidden state of the last prompt token predicts the first token of the answer.
-    starts = [r * width + len(prompt) - 1 for r, (prompt, _) in enumerate(rows)]
+    starts = torch.tensor([[len(prompt)] for prompt, _ in rows])  # [R, 1]
+    ends = torch.tensor([[len(prompt) + len(answer)] for prompt, answer in rows])  # [R, 1]
+    padding = [[pad_token_id] * (int(ends.max()) - int(end)) for end in ends]
+    input_ids = torch.tensor([[*x, *y, *z] for (x, y), z in zip(rows, padding)])  # [R, T]
+    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)  # [R, T]
+    scored = (position_ids >= starts) & (position_ids < ends)  # [R, T] by place, never by value
     return {
-        "input_ids": torch.tensor(padded),  # [R, T]
-        "position_ids": torch.arange(width).expand(len(rows), width),  # [R, T]
-        "logit_index": torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)]),  # [N]
-        "target_ids": torch.tensor([token for _, answer in rows for token in answer]),  # [N]
-        "response_index": torch.arange(len(rows)).repeat_interleave(lengths),  # [N]
-        "lengths": lengths,
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "logit_index": scored.flatten().nonzero()[:, 0] - 1,  # [N] a token is predicted one before
+        "target_ids": input_ids[scored],  # [N]
+        "response_index": scored.nonzero()[:, 0],  # [N]
+        "lengths": scored.sum(1),  # [2B]
     }
 
 
 @contextlib.contextmanager
-def blame(what: str, path: Path | None = None):
-    """Turn any error inside into one line about `what`, a flag with its file or a row."""
+def blame(what: str, source: str | None = None):
+    """Turn an error inside into one line about `what`: a flag and its source, a line, a row."""
     try:
         yield
     except Exception as e:
-        why = (f"{e.__cause__ or e}".strip() or "it is empty").splitlines()[0]
-        if path and not path.exists():
-            why += "; it is no file or folder here, and a hub needs a network"
-        elif path and path.suffix == ".jsonl" and not isinstance(e, UserError):
-            for number, line in enumerate(path.read_bytes().splitlines(), 1):
-                try:
-                    json.loads(line.strip() or "{}")
-                except ValueError as error:
-                    why = f"line {number} is not JSON: {error}"
-                    break
-        raise UserError(f"{what}: {why}") from e
+        why = f"{e if isinstance(e, UserError) else e.__cause__ or e}".strip() or "it is empty"
+        here = source is None or os.path.exists(source)
+        hint = "" if here else " (there is no such file or folder, and a hub needs a network)"
+        raise UserError(f"{what}: {why.splitlines()[0]}{hint}") from e
 
 
 def load_pairs(name: str, source: str, split: str, tokenizer, config) -> tuple:
     """A hub id, file or save_to_disk folder -> its usable pairs, each with its "row" from 1 up,
-    and how many of the others were dropped or truncated."""
+    and how many others were dropped or truncated."""
     import datasets  # here, so that all the rest works without it
 
     def encode(row: dict, index: int) -> dict:
-        empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
+        nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
         limits = config.max_length, config.max_prompt_length
         with blame(f"row {index + 1}"):
-            pair = tokenize_pair(row, tokenizer, *limits, lambda why: empty | {"dropped": why})
+            pair = tokenize_pair(row, tokenizer, *limits, lambda why: nothing | {"dropped": why})
         return {"row": index + 1, "dropped": "", **pair}
 
     datasets.logging.set_verbosity(100)  # what it would log, it also raises
-    path, kinds = (
-        Path(source),
-        {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"},
-    )
-    with blame(f"--{name} {source}", path):
-        if any(path.glob("dataset_*.json")):
+    path = Path(source)
+    with blame(f"--{name} {source}", source):
+        for number, line in enumerate(path.open() if path.suffix == ".jsonl" else [], 1):
+            with blame(f"line {number}"):
+                json.loads(line)  # the library would not say where it fails
+        if path.is_file():
+            rows = datasets.load_dataset(str(path.parent), data_files=path.name, split=split)
+        elif any(path.glob("dataset_*.json")):  # of save_to_disk
             rows = datasets.load_from_disk(source)
             rows = rows[split] if isinstance(rows, dict) else rows
-        elif kind := kinds.get(path.suffix[1:]):
-            rows = datasets.load_dataset(kind, data_files=source, split=split)
         else:
             rows = datasets.load_dataset(source, split=split)
         if missing := {"chosen", "rejected"}.difference(rows.column_names):
             raise UserError(f"no column {sorted(missing)}; its columns are {rows.column_names}")
-        workers = min(os.cpu_count() or 1, len(rows) // 500) or None
-        options = {"remove_columns": rows.column_names, "num_proc": workers, "desc": "tokenizing"}
+        options = {"remove_columns": rows.column_names, "desc": "tokenizing"}
+        options["num_proc"] = min(os.cpu_count() or 1, len(rows) // 500) or None
         pairs = rows.map(encode, with_indices=True, **options)
-        dropped = Counter(why for why in pairs["dropped"] if why)
-        why = "".join(f", {n} for {reason}" for reason, n in dropped.items())
         kept = pairs.select([i for i, reason in enumerate(pairs["dropped"]) if not reason])
+        reasons = Counter(reason for reason in pairs["dropped"] if reason)
+        why = ", ".join(f"{n} for {reason}" for reason, n in reasons.items())
         if not len(kept):
-            raise UserError(f"no pair is left of {len(rows)}{why}")
-    counts = {"dropped_pairs": dropped.total(), "truncated_pairs": sum(kept["truncated"])}
-    tokens = [sum(map(len, kept[key])) / len(kept) for key in list(kept.features) if "_ids" in key]
-    print0(f"{name} {source}: {len(rows)} pairs read, {counts}{why}; mean tokens {tokens}")
-    return kept, counts
+            raise UserError(f"none of {len(rows)} pairs is left: {why}")
+    lost, cut, ids = len(rows) - len(kept), sum(kept["truncated"]), ("prompt", "chosen", "rejected")
+    mean = [f"{key} {sum(map(len, kept[f'{key}_ids'])) / len(kept):.0f}" for key in ids]
+    print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
+    print(f"{'':13}{cut} truncated; mean tokens: {', '.join(mean)}")
+    return kept, {"dropped_pairs": lost, "truncated_pairs": cut}
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -340,9 +325,7 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     gradient_checkpointing: bool = flag(False, "keep fewer activations, compute them twice")
     seed: int = flag(0, "of the order of pairs")
-    dtype: Literal["bf16", "fp32"] | None = flag(
-        None, "of compute; unset: bf16 on GPU, fp32 on CPU"
-    )
+    dtype: Literal["bf16", "fp32"] | None = flag(None, "of compute; unset: bf16 if on a GPU")
     output_dir: str = flag("simpo_output", "for the model, metrics.jsonl and simpo_run.json")
     overwrite: bool = flag(False, "replace a model in --output_dir")
     log_every: int = flag(1, "steps per row of metrics.jsonl")
@@ -361,69 +344,47 @@ def parse_config(argv: list[str] | None) -> Config:
     parser.error = error  # one line, not forty of usage
     argv = sys.argv[1:] if argv is None else argv
     if not any(word.startswith(("--model", "--dataset")) for word in argv):
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**DEMO, overwrite=True)
     (c,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     c.beta = DEFAULT_BETA.get(c.loss, 1.0) if c.beta is None else c.beta
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
-    share, micro = c.batch_size // WORLD_SIZE, c.micro_batch_size
-    c.micro_batch_size = micro = (
-        math.gcd(share, 4 if c.model else share) if micro is None else micro
-    )
-    whole = micro > 0 and c.batch_size > 0 and c.batch_size % (WORLD_SIZE * micro) == 0
-    taken = (Path(c.output_dir) / "config.json").exists() and not c.overwrite and not c.inspect
-    checks = [
-        (
-            bool(c.model) == bool(c.dataset),
-            "--model and --dataset: give both, or none for the demo",
-        ),
+    share = c.batch_size // WORLD_SIZE
+    c.micro_batch_size = micro = c.micro_batch_size or math.gcd(share, 4 if c.model else share)
+    whole = min(micro, share) > 0 and c.batch_size % (WORLD_SIZE * micro) == 0
+    taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
+    for holds, message in (
+        (bool(c.model) == bool(c.dataset), "--model needs --dataset, and the other way round"),
         (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
         (c.beta > 0, f"--beta {c.beta} is not above 0"),
-        (
-            0 <= c.label_smoothing <= 0.5,
-            f"--label_smoothing {c.label_smoothing} is not in 0 to 0.5",
-        ),
+        (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (whole, f"--batch_size {c.batch_size} is no multiple of {WORLD_SIZE} processes x {micro}"),
         (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (not taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
-    ]
-    for name in ("lr", "epochs", "max_length", "log_every"):
-        checks.append(
-            (0 < getattr(c, name) < math.inf, f"--{name} {getattr(c, name)} is not above 0")
-        )
-    for holds, message in checks:
+    ):
         if not holds:
             error(message)
     if c.loss == "simpo" and c.gamma > c.beta:
-        print0(f"warning: gamma/beta is {c.gamma / c.beta:.2f}; the paper tuned it from 0 to 1")
+        print(f"warning: gamma/beta is {c.gamma / c.beta:.2f}; the paper tuned it from 0 to 1")
     return c
 
 
 # ------------------------------------------------------------------------------ runtime
-RANK, LOCAL_RANK, WORLD_SIZE = (  # as torchrun says, or the only process
-    int(os.environ.get(name, default))
-    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-)
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets the three
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def print0(text: str) -> None:
-    if RANK == 0:
-        tqdm.write(text)
 
 
 def peak_memory_gib() -> float:
     """Of the GPU's allocator, or of the process on a CPU."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak) / 2**30
+    cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
+    return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else cpu) / 2**30
 
 
 def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
     """A model with fp32 weights, whatever the checkpoint's: bf16 ones ignore steps of lr 1e-6."""
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, use_safetensors=True)
-    with blame(f"--{name} {source}", Path(source)):
+    with blame(f"--{name} {source}", source):
         model = load(source, dtype=torch.float32).to(DEVICE)
         policy = ResponseLogps(model.eval())  # eval, in training too: no dropout
         pair = {"prompt_ids": [0, 1], "chosen_ids": [2, 3], "rejected_ids": [4]}
@@ -435,10 +396,8 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
                 raise UserError(f"{type(model).__name__} changes its logits after the head")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # layers check this, dropout its own: it stays off
-            layer.training = isinstance(
-                layer, transformers.modeling_layers.GradientCheckpointingLayer
-            )
+        for layer in model.modules():  # just these read .training for it: dropout stays off
+            layer.training = isinstance(layer, transformers.GradientCheckpointingLayer)
     return policy
 
 
@@ -454,38 +413,34 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
     mean loss in .grad: the same for any number of processes and any micro-batch size.
     """
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
+    autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, config.dtype == "bf16")
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
-        # All processes make the same number of passes; one that is out of pairs makes idle ones.
-        mine = list(range(start, min(start + width, len(indices))))[RANK::WORLD_SIZE]
+        mine = torch.arange(start, min(start + width, len(indices)))[RANK::WORLD_SIZE].tolist()
+        # DDP wants as many passes of every process: one without pairs repeats a pair, for nothing.
         weight, mine = (1, mine) if mine else (0, [0])
+        policy.require_backward_grad_sync = start + width >= len(indices)  # in the last pass
         rows = [pairs[indices[i]] for i in mine]
-        policy.require_backward_grad_sync = start + width >= len(indices)  # DDP: at the last pass
+        batch = {key: x.to(DEVICE) for key, x in collate(rows).items()}
         with torch.set_grad_enabled(backward):
-            batch = {key: x.to(DEVICE) for key, x in collate(rows).items()}
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-                logps, n = policy(**batch)
-            s, n = logps.view(2, -1), n.view(2, -1)  # [2B] -> [2, B]
-            s_ref = reference[[indices[i] for i in mine]].T.to(DEVICE)
-            yw, yl = (
-                SimpleNamespace(s=s[i], n=n[i], a=s[i] / n[i], s_ref=s_ref[i]) for i in (0, 1)
-            )
+            with autocast():
+                s, n = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
+            a, s_ref = s / n, reference[[indices[i] for i in mine]].T.to(DEVICE)
+            yw, yl = (SimpleNamespace(s=s[i], n=n[i], a=a[i], s_ref=s_ref[i]) for i in (0, 1))
             losses = OBJECTIVES[config.loss](yw, yl, config)
             if backward:  # DDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
         rw, rl = (REWARDS[config.loss](y, config) for y in (yw, yl))
-        logps = [y.a if config.loss in LENGTH_NORMALISED else y.s for y in (yw, yl)]
-        tokens = n.sum(0) + 2 * torch.tensor(
-            [len(row["prompt_ids"]) for row in rows], device=DEVICE
-        )
-        columns = [losses, rw, rl, rw - rl, rw > rl, *logps, yw.a, yl.a, tokens]
+        logps = a if config.loss in LENGTH_NORMALISED else s
+        tokens = n.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
+        columns = [losses, rw, rl, rw - rl, rw > rl, *logps, *a, tokens]
         table[mine] = weight * torch.stack([x.detach().double() for x in columns], dim=1)
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.all_reduce(table)
     return table.cpu()
 
 
-def train(policy, pairs, reference: Tensor, config: Config, steps: int, log, evaluate) -> None:
+def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
     """Train in place; log(row) every --log_every steps, evaluate(step) every --eval_every."""
     params = list(policy.parameters())
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=config.weight_decay, fused=True)
@@ -494,52 +449,42 @@ def train(policy, pairs, reference: Tensor, config: Config, steps: int, log, eva
     if WORLD_SIZE > 1:
         ddp = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         policy = ddp(policy, gradient_as_bucket_view=True)
-    bar, per_epoch = tqdm(total=steps, disable=RANK > 0), math.ceil(len(pairs) / config.batch_size)
-    window, since, skipped = [], time.perf_counter(), 0
+    per_epoch, bar = math.ceil(len(pairs) / config.batch_size), tqdm(total=steps, disable=RANK > 0)
+    window, skipped, since = [], 0, time.perf_counter()
     for step in range(1, steps + 1):
         epoch, k = divmod(step - 1, per_epoch)
         if k == 0:  # every epoch has its own order, the same on every process
             shuffle = torch.Generator().manual_seed(config.seed + epoch)
-            order = torch.randperm(len(pairs), generator=shuffle).tolist()
-        batch = order[k * config.batch_size :][: config.batch_size]
+            order = torch.randperm(len(pairs), generator=shuffle).split(config.batch_size)
+        batch, (lr, *_) = order[k].tolist(), schedule.get_last_lr()
         table = score(policy, pairs, batch, reference, config, backward=True)
         norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf).item()
-        bad = [pairs[i]["row"] for i, loss in zip(batch, table[:, 0]) if not loss.isfinite()]
+        bad = [i for i, loss in zip(batch, table[:, 0].tolist()) if not math.isfinite(loss)]
         if math.isfinite(norm) and not bad:
             optimizer.step()
-            skipped = 0
-            window.append(table)
+            window, skipped = [*window, table], 0
         else:  # such a step would turn every weight into NaN
-            skipped += 1
-            bad = bad or [pairs[i]["row"] for i in batch]
-            log({"step": step, "skipped_rows": bad})
-            print0(f"step {step} is skipped: not finite, from rows {bad}")
+            rows, skipped = [pairs[i]["row"] for i in bad or batch], skipped + 1
+            log({"step": step, "skipped_rows": rows})
+            bar.write(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
             if skipped == 10:
-                raise UserError(
-                    f"ten steps in a row were not finite; look at rows {bad}, or lower --lr"
-                )
+                raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         optimizer.zero_grad()
-        (lr,) = schedule.get_last_lr()
         schedule.step()
         bar.update()
         if window and (step % config.log_every == 0 or step == steps):
             seconds, done = time.perf_counter() - since, torch.cat(window)
-            row = {
-                "step": step,
-                "epoch": step / per_epoch,
-                **dict(zip(METRICS[:7], done.mean(0).tolist())),
-            }
+            row = {"step": step, "epoch": step / per_epoch}
+            row |= zip(METRICS[:7], done.mean(0).tolist())
             row |= {"grad_norm": norm, "lr": lr, "step_seconds": seconds / len(window)}
-            row |= {
-                "pairs_per_second": len(done) / seconds,
-                "tokens_per_second": done[:, -1].sum().item() / seconds,
-            }
-            row["peak_memory_gib"] = peak_memory_gib()
+            row |= {"pairs_per_second": len(done) / seconds, "peak_memory_gib": peak_memory_gib()}
+            row["tokens_per_second"] = done[:, -1].sum().item() / seconds
             log(row)
-            bar.set_postfix_str(
-                "loss {loss:.4f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}, "
-                "lr {lr:.1e}, {tokens_per_second:.0f} tokens/s".format(**row)
+            shown = (
+                "loss {loss:.3f}, accuracy {rewards/accuracies:.2f}, margin {rewards/margins:.2f}"
             )
+            shown += ", lr {lr:.1e}, {tokens_per_second:.0f} tokens/s"
+            bar.set_postfix_str(shown.format(**row))
             window, since = [], time.perf_counter()
         if config.eval_every and step % config.eval_every == 0 and step < steps:
             evaluate(step)
@@ -548,180 +493,137 @@ def train(policy, pairs, reference: Tensor, config: Config, steps: int, log, eva
 
 
 def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
-    """Print the first pairs as the model sees them: prompts, and what is scored in colour."""
-    tty = sys.stdout.isatty()
+    """Print the first pairs as the model sees them: the prompt, and what is scored in colour."""
     table = score(policy, pairs, range(min(config.inspect, len(pairs))), reference, config)
     for metrics, pair in zip(table.tolist(), pairs):
-        values = dict(zip(METRICS, metrics))
-        print0(f"row {pair['row']}, prompt ({len(pair['prompt_ids'])} tokens):")
-        print0(tokenizer.decode(pair["prompt_ids"]))
-        for side, colour in (("chosen", "\033[32m"), ("rejected", "\033[31m")):
-            ids = pair[f"{side}_ids"]
-            average, reward = values[f"avg_logps/{side}"], values[f"rewards/{side}"]
-            print0(
-                f"{side} ({len(ids)} tokens, average log-prob {average:.4f}, reward {reward:.4f}):"
-            )
-            print0((colour if tty else "[[") + tokenizer.decode(ids) + ("\033[0m" if tty else "]]"))
+        print(f"\nrow {pair['row']}, prompt of {len(pair['prompt_ids'])} tokens:")
+        print(tokenizer.decode(pair["prompt_ids"]))
+        for i, (side, colour) in enumerate((("chosen", "\033[32m"), ("rejected", "\033[31m"))):
+            ids, average, reward = pair[f"{side}_ids"], metrics[7 + i], metrics[1 + i]
+            start, end = (colour, "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+            print(f"{side}: {len(ids)} tokens, average log-prob {average:.4f}, reward {reward:.4f}")
+            print(start + tokenizer.decode(ids) + end)
 
 
 # ------------------------------------------------------------------------------ demo
-DEMO = {
-    "lr": 2e-5,
-    "batch_size": 32,
-    "max_steps": 100,
-    "output_dir": "simpo_demo",
-    "overwrite": True,
-}
+DEMO = {"lr": 4e-5, "batch_size": 32, "max_steps": 60, "output_dir": "simpo_demo"}
 
 
 def build_demo(config: Config) -> tuple:
-    """A tiny Llama that answers a word half of the time with its letters sorted, the chosen answer,
-    and half of the time with the word reversed; its tokenizer, and pairs to train and to test."""
+    """A tokenizer; a tiny Llama, fitted to answer a word half of the time with its letters sorted,
+    the chosen answer, half of the time with it reversed; pairs to train on, and held-out ones."""
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)  # bytes: nothing to download
     dice, _ = random.Random(config.seed), torch.manual_seed(config.seed)
-    words = dict.fromkeys(
-        "".join(dice.sample("abcdefghijklmnopqrstuvwxyz", 5)) for _ in range(4000)
-    )
+    words = {"".join(dice.sample("abcdefghijklmnopqrstuvwxyz", 5)): None for _ in range(4000)}
     rows = [{"prompt": w + "=", "chosen": "".join(sorted(w)), "rejected": w[::-1]} for w in words]
     pairs = [tokenize_pair(row, tokenizer, 64, 32) for row in rows]
     pairs = [pair | {"row": i} for i, pair in enumerate(pairs, 1) if pair]
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    shape |= {"num_attention_heads": 4, "vocab_size": len(tokenizer), "eos_token_id": 1}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, pad_token_id=0))
-    policy = ResponseLogps(model.to(DEVICE).eval())
-    optimizer = torch.optim.AdamW(policy.parameters(), 2e-3)
-    for _ in tqdm(range(700), "fitting the demo's model", leave=False, disable=RANK > 0):
+    shape |= {"num_attention_heads": 4, "vocab_size": len(tokenizer), "bos_token_id": None}
+    llama = transformers.LlamaConfig(**shape, eos_token_id=1, pad_token_id=0)
+    policy = ResponseLogps(transformers.LlamaForCausalLM(llama).to(DEVICE).eval())
+    optimizer, steps = torch.optim.AdamW(policy.parameters(), 2e-3), 900
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
+    for _ in tqdm(range(steps), "fitting the demo's model", leave=False, disable=RANK > 0):
         batch = collate(dice.sample(pairs[200:], 32))
         logps, lengths = policy(**{key: x.to(DEVICE) for key, x in batch.items()})
-        (-logps / lengths).mean().backward()  # the sft objective, of good and bad answers alike
+        (-logps / lengths).mean().backward()  # the sft objective, on good and bad answers alike
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
     return tokenizer, policy, pairs[200:], pairs[:200]
 
 
 @torch.no_grad()
-def judge(model, pairs) -> float:
-    """The share of pairs whose prompt the model, sampling, answers exactly as it should."""
+def win_rate(model, pairs) -> float:
+    """The share of the demo's prompts that the model, sampling, answers exactly as it should."""
     torch.manual_seed(0)
     prompts = torch.tensor([pair["prompt_ids"] for pair in pairs], device=DEVICE)
     answers = model.generate(prompts, do_sample=True, max_new_tokens=len(pairs[0]["chosen_ids"]))
-    right = [a[-len(p["chosen_ids"]) :].tolist() == p["chosen_ids"] for a, p in zip(answers, pairs)]
-    return sum(right) / len(right)
+    answers = answers[:, prompts.shape[1] :].tolist()
+    return sum(a == pair["chosen_ids"] for a, pair in zip(answers, pairs)) / len(pairs)
 
 
 # ------------------------------------------------------------------------------ main
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; -> the metrics of the last evaluation."""
+    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
     transformers.logging.set_verbosity_error()
-    config = parse_config(argv)
+    config, counts, held_out, start = parse_config(argv), {}, [], {}
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        dist.init_process_group(timeout=timedelta(hours=1))
     if config.model is None:
-        print0(
-            "This is the demo; --model and --dataset train a real model, on a hub id or a local folder"
-        )
+        print("This is a demo; --model and --dataset, hub ids or local paths, train a real model")
         tokenizer, policy, pairs, held_out = build_demo(config)
-        counts = {}
     else:
-        with blame(f"--model {config.model}", Path(config.model)):
+        with blame(f"--model {config.model}", config.model):
             tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         if RANK > 0:  # rank 0 tokenizes, the others read what it has cached
             dist.barrier()
-        pairs, counts = load_pairs("dataset", config.dataset, config.train_split, tokenizer, config)
-        source, held_out = config.eval_dataset or config.dataset, []
+        load = partial(load_pairs, tokenizer=tokenizer, config=config)
+        pairs, counts = load("dataset", config.dataset, config.train_split)
         if config.eval_dataset or config.eval_split:
-            held_out, _ = load_pairs(
-                "eval_dataset", source, config.eval_split or "train", tokenizer, config
-            )
+            source = config.eval_dataset or config.dataset
+            held_out, _ = load("eval_dataset", source, config.eval_split or "train")
         if RANK == 0 and WORLD_SIZE > 1:
             dist.barrier()
         policy = load_policy("model", config.model, config)
     references = [torch.zeros(len(data), 2) for data in (pairs, held_out)]
-    if config.loss in NEEDS_REFERENCE:  # once, and kept: no second model stays in memory
+    if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
         scorer = load_policy("ref_model", config.ref_model, config) if config.ref_model else policy
         for i, data in enumerate((pairs, held_out)):
-            references[i] = score(scorer, data, range(len(data)), references[i], config)[
-                :, 5:7
-            ].float()
+            table = score(scorer, data, range(len(data)), references[i], config)
+            references[i] = table[:, 5:7].float()
         del scorer
     if config.inspect:
-        inspect_pairs(policy, tokenizer, pairs, references[0], config)
-        return {}
-    per_epoch = math.ceil(len(pairs) / config.batch_size)
-    steps = config.max_steps or per_epoch * config.epochs
-    size = sum(p.numel() for p in policy.parameters())
-    print0(
-        f"model     {config.model or 'demo'}: {size:,} parameters in fp32, {config.dtype} compute on {DEVICE}"
-    )
-    passes = config.batch_size // WORLD_SIZE // config.micro_batch_size
-    print0(
-        f"batch     {config.batch_size} pairs = {WORLD_SIZE} processes x {config.micro_batch_size} pairs x {passes} passes"
-    )
-    print0(
-        f"steps     {steps}, {per_epoch} to an epoch of {len(pairs)} pairs; {config.loss}, lr {config.lr}"
-    )
-    out = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        **asdict(config),
-        "world_size": WORLD_SIZE,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+        return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
+    out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
+    steps, micro = config.max_steps or per_epoch * config.epochs, config.micro_batch_size
+    passes, size = config.batch_size // WORLD_SIZE // micro, policy.model.num_parameters()
+    print(f"model        {size:,} fp32 parameters, {config.dtype} compute on {DEVICE.type}")
+    print(f"batch        {config.batch_size} pairs = {WORLD_SIZE} processes x {passes} x {micro}")
+    print(f"steps        {steps}, {per_epoch} an epoch; {config.loss}, beta {config.beta}")
     status, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    record["git_commit"] = None if status else commit
+    record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": None if status else commit}
+    record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "simpo_run.json").write_text(json.dumps(record, indent=2))
         (out / "metrics.jsonl").write_text("")
-    wandb = None
-    if config.wandb and RANK == 0:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb needs `pip install wandb`") from None
-        wandb.init(project=config.wandb, config=record)
+        if config.wandb:
+            with blame("--wandb needs `pip install wandb`"):
+                import wandb
+            wandb.init(project=config.wandb, config=record)
 
     def log(row: dict) -> None:
         if RANK == 0:
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(row | {k: n for k, n in counts.items() if n}) + "\n")
-            if wandb:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row | {name: n for name, n in counts.items() if n}) + "\n")
+            if config.wandb:
                 wandb.log(row)
-
-    history = []
 
     def evaluate(step: int) -> dict:
         if not len(held_out):
             return {}
-        means = (
-            score(policy, held_out, range(len(held_out)), references[1], config).mean(0).tolist()
-        )
-        row = {f"eval/{name}": value for name, value in zip(METRICS[:8], means)}
-        history.append(row)
-        row["eval/chosen_drift"] = row.pop("eval/avg_logps/chosen")
-        row["eval/chosen_drift"] -= history[0]["eval/chosen_drift"] if len(history) > 1 else 0
+        table = score(policy, held_out, range(len(held_out)), references[1], config)
+        row = dict(zip((f"eval/{name}" for name in METRICS), table.mean(0).tolist()))
+        average = start.setdefault("chosen", row["eval/avg_logps/chosen"])
+        row["eval/chosen_drift"] = row["eval/avg_logps/chosen"] - average
         if config.model is None:
-            row["eval/judge_win_rate"] = judge(policy.model, held_out)
+            row["eval/judge_win_rate"] = win_rate(policy.model, held_out)
         log({"step": step} | row)
-        print0(f"step {step}: " + ", ".join(f"{k[5:]} {v:.4f}" for k, v in row.items()))
         return row
 
-    before = evaluate(0)
-    start = time.perf_counter()
+    before, started = evaluate(0), time.perf_counter()
     train(policy, pairs, references[0], config, steps, log, evaluate)
-    seconds = time.perf_counter() - start
-    after = evaluate(steps)
+    seconds, after = time.perf_counter() - started, evaluate(steps)
     if RANK == 0:
         policy.model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    if after:
-        print0(
-            f"held out  accuracy {before['eval/rewards/accuracies']:.3f} -> {after['eval/rewards/accuracies']:.3f}"
-        )
-    print0(f"cost      {seconds:.0f} s, peak memory {peak_memory_gib():.1f} GiB")
-    print0(f"model     in {out}: AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    for name in after:
+        print(f"held out     {name[5:]:19} {before[name]:8.4f} -> {after[name]:8.4f}")
+    print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
+    print(f"model        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
     return after
 
 
