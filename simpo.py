@@ -11,35 +11,34 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 Rooms, in order: objectives, log-likelihood, data, configuration, runtime, training, demo, main.
 Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabulary, D hidden.
 
-Where this file departs from the paper:
+Departures from the paper:
  1. It computes in bf16 over fp32 weights (autocast); log-softmax, sums and losses are fp32.
- 2. A prompt above --max_prompt_length loses its middle: the template's opening (BOS, system
-    turn) and the prompt's end (last words, assistant header) stay.
-Where it departs from the authors' code, princeton-nlp/SimPO:
+ 2. A prompt above --max_prompt_length loses its middle, not the template's opening or its end.
+Departures from the authors' code, princeton-nlp/SimPO:
  3. --gamma is the paper's gamma; the official gamma_beta_ratio is gamma / beta.
- 4. The assistant header belongs to the prompt and is not scored. An answer ends with exactly
+ 4. The assistant header is part of the prompt, so it is not scored. An answer ends with exactly
     one end-of-turn token, scored, and nothing after it.
  5. Each answer is cut by itself to the room its prompt leaves; a cut one has no end of turn.
  6. A pair with an empty answer is dropped before training, not divided by its length 0.
  7. Metrics cover all pairs of all processes, not those of rank 0.
 """
 
+import argparse
 import contextlib
 import json
 import math
 import os
-import random
 import resource
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -137,10 +136,8 @@ class UserError(Exception):
 
 
 def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
-    """A row in any format -> its prompt, as messages or a text, and both answers' texts.
-
-    None where the answers are to different prompts.
-    """
+    """A row in any format -> its prompt, messages or a text, and the answers' texts; None where
+    they are answers to different prompts."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     for name, value in {"chosen": chosen, "rejected": rejected, "prompt": prompt or ""}.items():
         texts = [m.get("content") for m in value] if isinstance(value, list) else [value]
@@ -160,14 +157,20 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
     return (chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]) if same else None
 
 
-@cache
-def turn_ending(tokenizer) -> tuple[str, str]:
-    """What the template writes after an answer, and its part to score: up to one end of turn."""
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@@"}]
-    tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
+def render_pair(prompt: list[dict], answers: list[str], tokenizer) -> tuple[str, str, list[str]]:
+    """Messages -> the prompt's text, that of other words in its place, and the answers' texts."""
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    reply = [[*prompt, {"role": "assistant", "content": text}] for text in (*answers, "@@")]
+    *full, stub = (render(messages) for messages in reply)
+    tail = stub.rpartition("@@")[2]  # after an answer; the part up to one end of turn is scored
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     ends = [tail.find(token) + len(token) for token in special if token in tail]
-    return tail, tail[: min(ends)] if ends else tail.rstrip() + tokenizer.eos_token
+    end = tail[: min(ends)] if ends else tail.rstrip() + tokenizer.eos_token
+    other = [m if m["role"] == "system" else m | {"content": "@@"} for m in prompt]
+    text, other = (render(x, add_generation_prompt=True) for x in (prompt, other))
+    if not all(f.startswith(text) and f.endswith(tail) for f in full):
+        raise UserError("the chat template writes this prompt differently before an answer")
+    return text, other, [f[len(text) : len(f) - len(tail)] + end for f in full]
 
 
 def tokenize_pair(
@@ -183,20 +186,13 @@ def tokenize_pair(
     if not prompt or not all(answer.strip() for answer in answers):
         return drop("an empty answer" if prompt else "no common prompt")
     encode, start = partial(tokenizer.encode, add_special_tokens=False), []
-    if isinstance(prompt, str):  # BOS if the tokenizer is used to one; one EOS after the answer
+    if isinstance(prompt, list):
+        text, other, answers = render_pair(prompt, answers, tokenizer)
+    else:  # a plain text: BOS if the tokenizer is used to one, and one EOS after the answer
         text, other, eos = prompt, "", tokenizer.eos_token
         if encode(text)[:1] != [tokenizer.bos_token_id]:
             start = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]
         answers = [answer.removesuffix(eos) + eos for answer in answers]
-    else:
-        render = partial(tokenizer.apply_chat_template, tokenize=False)
-        other = [m if m["role"] == "system" else m | {"content": "@@"} for m in prompt]
-        text, other = (render(messages, add_generation_prompt=True) for messages in (prompt, other))
-        full = [render([*prompt, {"role": "assistant", "content": a}]) for a in answers]
-        tail, end = turn_ending(tokenizer)
-        if not all(f.startswith(text) and f.endswith(tail) for f in full):
-            raise UserError("the chat template writes this prompt differently before an answer")
-        answers = [f[len(text) : len(f) - len(tail)] + end for f in full]
     # An answer is encoded where it stands. If its first letters merge into the prompt's last
     # token there, it is encoded alone: the prompt must be the same for both answers.
     prompt_ids, sides = start + encode(text), []
@@ -227,8 +223,8 @@ def collate(pairs: list[dict], pad_token_id: int = 0) -> dict[str, Tensor]:
     """
     rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
     starts = torch.tensor([[len(prompt)] for prompt, _ in rows])  # [R, 1]
-    ends = torch.tensor([[len(prompt) + len(answer)] for prompt, answer in rows])  # [R, 1]
-    padding = [[pad_token_id] * (int(ends.max()) - int(end)) for end in ends]
+    ends = starts + torch.tensor([[len(answer)] for _, answer in rows])  # [R, 1]
+    padding = [[pad_token_id] * int(ends.max() - end) for end in ends]
     input_ids = torch.tensor([[*x, *y, *z] for (x, y), z in zip(rows, padding)])  # [R, T]
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)  # [R, T]
     scored = (position_ids >= starts) & (position_ids < ends)  # [R, T] by place, never by value
@@ -249,8 +245,7 @@ def blame(what: str, source: str | None = None):
         yield
     except Exception as e:
         why = f"{e if isinstance(e, UserError) else e.__cause__ or e}".strip() or "it is empty"
-        here = source is None or os.path.exists(source)
-        hint = "" if here else " (there is no such file or folder, and a hub needs a network)"
+        hint = "" if source is None or os.path.exists(source) else " (no local path, nor on a hub)"
         raise UserError(f"{what}: {why.splitlines()[0]}{hint}") from e
 
 
@@ -267,15 +262,16 @@ def load_pairs(name: str, source: str, split: str, tokenizer, config) -> tuple:
         return {"row": index + 1, "dropped": "", **pair}
 
     datasets.logging.set_verbosity(100)  # what it would log, it also raises
-    path = Path(source)
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    path, split = Path(source), split or "train"
     with blame(f"--{name} {source}", source):
         for number, line in enumerate(path.open() if path.suffix == ".jsonl" else [], 1):
             with blame(f"line {number}"):
                 json.loads(line)  # the library would not say where it fails
-        if path.is_file():
-            rows = datasets.load_dataset(str(path.parent), data_files=path.name, split=split)
-        elif any(path.glob("dataset_*.json")):  # of save_to_disk
-            rows = datasets.load_from_disk(source)
+        if kind := kinds.get(path.suffix):
+            rows = datasets.load_dataset(kind, data_files=str(path.resolve(True)), split=split)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(source)  # of save_to_disk
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
             rows = datasets.load_dataset(source, split=split)
@@ -325,7 +321,7 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     gradient_checkpointing: bool = flag(False, "keep fewer activations, compute them twice")
     seed: int = flag(0, "of the order of pairs")
-    dtype: Literal["bf16", "fp32"] | None = flag(None, "of compute; unset: bf16 if on a GPU")
+    dtype: str | None = flag(None, "of compute, bf16 or fp32; unset: bf16 on a GPU, fp32 on a CPU")
     output_dir: str = flag("simpo_output", "for the model, metrics.jsonl and simpo_run.json")
     overwrite: bool = flag(False, "replace a model in --output_dir")
     log_every: int = flag(1, "steps per row of metrics.jsonl")
@@ -337,15 +333,16 @@ class Config:
 def parse_config(argv: list[str] | None) -> Config:
     """The command line, checked, with what depends on other flags filled in."""
 
-    def error(message: str):
-        raise UserError(message)
-
-    parser = transformers.HfArgumentParser(Config, prog="simpo.py", allow_abbrev=False)
-    parser.error = error  # one line, not forty of usage
-    argv = sys.argv[1:] if argv is None else argv
-    if not any(word.startswith(("--model", "--dataset")) for word in argv):
+    parser = argparse.ArgumentParser("simpo.py", argparse.SUPPRESS, allow_abbrev=False)
+    for f in fields(Config):
+        (kind, *_) = get_args(f.type) or (f.type,)
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        text = f.metadata["help"] + (f" ({f.default})" if f.default else "")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
+    c = Config(**vars(parser.parse_args(argv)))
+    if not c.model and not c.dataset:
         parser.set_defaults(**DEMO, overwrite=True)
-    (c,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        c = Config(**vars(parser.parse_args(argv)))
     c.beta = DEFAULT_BETA.get(c.loss, 1.0) if c.beta is None else c.beta
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
@@ -356,6 +353,7 @@ def parse_config(argv: list[str] | None) -> Config:
     for holds, message in (
         (bool(c.model) == bool(c.dataset), "--model needs --dataset, and the other way round"),
         (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
+        (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
         (c.beta > 0, f"--beta {c.beta} is not above 0"),
         (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (whole, f"--batch_size {c.batch_size} is no multiple of {WORLD_SIZE} processes x {micro}"),
@@ -363,7 +361,7 @@ def parse_config(argv: list[str] | None) -> Config:
         (not taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
     ):
         if not holds:
-            error(message)
+            parser.error(message)
     if c.loss == "simpo" and c.gamma > c.beta:
         print(f"warning: gamma/beta is {c.gamma / c.beta:.2f}; the paper tuned it from 0 to 1")
     return c
@@ -387,12 +385,11 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
     with blame(f"--{name} {source}", source):
         model = load(source, dtype=torch.float32).to(DEVICE)
         policy = ResponseLogps(model.eval())  # eval, in training too: no dropout
-        pair = {"prompt_ids": [0, 1], "chosen_ids": [2, 3], "rejected_ids": [4]}
-        batch = {key: x.to(DEVICE) for key, x in collate([pair]).items()}
         with torch.no_grad():  # some models scale their logits outside the head
-            logits, targets = model(batch["input_ids"][:1]).logits[0, 1:3], batch["target_ids"][:2]
-            right = -F.cross_entropy(logits, targets, reduction="sum")
-            if not torch.isclose(policy(**batch)[0][0], right, rtol=1e-3):
+            ids = torch.arange(3, device=DEVICE)
+            right = F.cross_entropy(model(ids[None]).logits[0], ids, reduction="none")
+            logps = policy.token_logps(model.base_model(ids[None])[0][0], ids)
+            if not torch.allclose(-logps, right, rtol=1e-3):
                 raise UserError(f"{type(model).__name__} changes its logits after the head")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -409,11 +406,11 @@ METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/re
 def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
     """METRICS of the pairs at `indices`, [B, K], computed by all processes together.
 
-    reference [all pairs, 2]: logps under the reference. backward=True leaves the gradient of the
-    mean loss in .grad: the same for any number of processes and any micro-batch size.
+    reference [all pairs, 2]: logps under the reference; None where there is none. backward=True
+    leaves in .grad the mean loss's gradient, whatever the micro-batch size and number of processes.
     """
+    reference = torch.zeros(len(pairs), 2) if reference is None else reference
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
-    autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, config.dtype == "bf16")
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
         mine = torch.arange(start, min(start + width, len(indices)))[RANK::WORLD_SIZE].tolist()
@@ -423,7 +420,7 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
         rows = [pairs[indices[i]] for i in mine]
         batch = {key: x.to(DEVICE) for key, x in collate(rows).items()}
         with torch.set_grad_enabled(backward):
-            with autocast():
+            with torch.autocast(DEVICE.type, torch.bfloat16, config.dtype == "bf16"):
                 s, n = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
             a, s_ref = s / n, reference[[indices[i] for i in mine]].T.to(DEVICE)
             yw, yl = (SimpleNamespace(s=s[i], n=n[i], a=a[i], s_ref=s_ref[i]) for i in (0, 1))
@@ -447,8 +444,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
     warmup = math.ceil(config.warmup_ratio * steps)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     if WORLD_SIZE > 1:
-        ddp = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-        policy = ddp(policy, gradient_as_bucket_view=True)
+        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
     per_epoch, bar = math.ceil(len(pairs) / config.batch_size), tqdm(total=steps, disable=RANK > 0)
     window, skipped, since = [], 0, time.perf_counter()
     for step in range(1, steps + 1):
@@ -466,7 +462,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
         else:  # such a step would turn every weight into NaN
             rows, skipped = [pairs[i]["row"] for i in bad or batch], skipped + 1
             log({"step": step, "skipped_rows": rows})
-            bar.write(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
+            print(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
             if skipped == 10:
                 raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         optimizer.zero_grad()
@@ -487,8 +483,9 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
             bar.set_postfix_str(shown.format(**row))
             window, since = [], time.perf_counter()
         if config.eval_every and step % config.eval_every == 0 and step < steps:
+            paused = time.perf_counter()
             evaluate(step)
-            since = time.perf_counter()
+            since += time.perf_counter() - paused
     bar.close()
 
 
@@ -512,20 +509,22 @@ DEMO = {"lr": 4e-5, "batch_size": 32, "max_steps": 60, "output_dir": "simpo_demo
 def build_demo(config: Config) -> tuple:
     """A tokenizer; a tiny Llama, fitted to answer a word half of the time with its letters sorted,
     the chosen answer, half of the time with it reversed; pairs to train on, and held-out ones."""
+    torch.manual_seed(config.seed)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)  # bytes: nothing to download
-    dice, _ = random.Random(config.seed), torch.manual_seed(config.seed)
-    words = {"".join(dice.sample("abcdefghijklmnopqrstuvwxyz", 5)): None for _ in range(4000)}
+    words = dict.fromkeys(bytes(w).decode() for w in torch.randint(97, 123, (4000, 5)).tolist())
     rows = [{"prompt": w + "=", "chosen": "".join(sorted(w)), "rejected": w[::-1]} for w in words]
     pairs = [tokenize_pair(row, tokenizer, 64, 32) for row in rows]
     pairs = [pair | {"row": i} for i, pair in enumerate(pairs, 1) if pair]
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    shape |= {"num_attention_heads": 4, "vocab_size": len(tokenizer), "bos_token_id": None}
-    llama = transformers.LlamaConfig(**shape, eos_token_id=1, pad_token_id=0)
-    policy = ResponseLogps(transformers.LlamaForCausalLM(llama).to(DEVICE).eval())
-    optimizer, steps = torch.optim.AdamW(policy.parameters(), 2e-3), 900
+    shape = dict(
+        zip(("vocab_size", "hidden_size", "intermediate_size"), (len(tokenizer), 128, 256))
+    )
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, eos_token_id=1))
+    policy, steps = ResponseLogps(llama.to(DEVICE).eval()), 900
+    optimizer = torch.optim.AdamW(policy.parameters(), 2e-3)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
     for _ in tqdm(range(steps), "fitting the demo's model", leave=False, disable=RANK > 0):
-        batch = collate(dice.sample(pairs[200:], 32))
+        batch = collate([pairs[i] for i in torch.randint(200, len(pairs), (32,))])
         logps, lengths = policy(**{key: x.to(DEVICE) for key, x in batch.items()})
         (-logps / lengths).mean().backward()  # the sft objective, on good and bad answers alike
         optimizer.step()
@@ -550,6 +549,8 @@ def main(argv: list[str] | None = None) -> dict:
     sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
     transformers.logging.set_verbosity_error()
     config, counts, held_out, start = parse_config(argv), {}, [], {}
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(hours=1))
     if config.model is None:
@@ -564,17 +565,15 @@ def main(argv: list[str] | None = None) -> dict:
         pairs, counts = load("dataset", config.dataset, config.train_split)
         if config.eval_dataset or config.eval_split:
             source = config.eval_dataset or config.dataset
-            held_out, _ = load("eval_dataset", source, config.eval_split or "train")
+            held_out, _ = load("eval_dataset", source, config.eval_split)
         if RANK == 0 and WORLD_SIZE > 1:
             dist.barrier()
         policy = load_policy("model", config.model, config)
-    references = [torch.zeros(len(data), 2) for data in (pairs, held_out)]
+    references = [None, None]
     if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
         scorer = load_policy("ref_model", config.ref_model, config) if config.ref_model else policy
-        for i, data in enumerate((pairs, held_out)):
-            table = score(scorer, data, range(len(data)), references[i], config)
-            references[i] = table[:, 5:7].float()
-        del scorer
+        tables = [score(scorer, x, range(len(x)), None, config) for x in (pairs, held_out)]
+        references, scorer = [table[:, 5:7].float() for table in tables], None
     if config.inspect:
         return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
@@ -606,9 +605,9 @@ def main(argv: list[str] | None = None) -> dict:
         if not len(held_out):
             return {}
         table = score(policy, held_out, range(len(held_out)), references[1], config)
-        row = dict(zip((f"eval/{name}" for name in METRICS), table.mean(0).tolist()))
-        average = start.setdefault("chosen", row["eval/avg_logps/chosen"])
-        row["eval/chosen_drift"] = row["eval/avg_logps/chosen"] - average
+        *means, average, _, _ = table.mean(0).tolist()
+        row = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
+        row["eval/chosen_drift"] = average - start.setdefault("average", average)
         if config.model is None:
             row["eval/judge_win_rate"] = win_rate(policy.model, held_out)
         log({"step": step} | row)
@@ -620,8 +619,10 @@ def main(argv: list[str] | None = None) -> dict:
     if RANK == 0:
         policy.model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    for name in after:
-        print(f"held out     {name[5:]:19} {before[name]:8.4f} -> {after[name]:8.4f}")
+    names = ("loss", "rewards/accuracies", "rewards/margins", "chosen_drift", "judge_win_rate")
+    shown = [x for x in names if f"eval/{x}" in after]
+    shown = [f"{x} {before[f'eval/{x}']:.3f} -> {after[f'eval/{x}']:.3f}" for x in shown]
+    print(f"held out     {', '.join(shown) or 'no pairs given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"model        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
     return after
