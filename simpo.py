@@ -148,8 +148,12 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
     if isinstance(chosen, str):  # hh-rlhf: each side is a dialogue that ends in an answer
         head, mark, chosen = chosen.rpartition("\n\nAssistant:")
         other, _, rejected = rejected.rpartition("\n\nAssistant:")
+        if not mark:
+            raise UserError("there is no 'prompt', nor a '\\n\\nAssistant:' where one would end")
         return (head + mark, chosen, rejected) if head == other else None
-    if isinstance(prompt, list):  # a string beside whole conversations just repeats their start
+    if isinstance(prompt, str) and len(chosen) == 1:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:  # the sides continue it
         chosen, rejected = prompt + chosen, prompt + rejected
     if any(not side or side[-1]["role"] != "assistant" for side in (chosen, rejected)):
         raise UserError("'chosen' and 'rejected' must end in a message of the assistant")
@@ -333,7 +337,11 @@ class Config:
 def parse_config(argv: list[str] | None) -> Config:
     """The command line, checked, with what depends on other flags filled in."""
 
-    parser = argparse.ArgumentParser("simpo.py", argparse.SUPPRESS, allow_abbrev=False)
+    def error(message: str):
+        raise UserError(message)
+
+    parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False)
+    parser.error = error  # one line, not forty of usage
     for f in fields(Config):
         (kind, *_) = get_args(f.type) or (f.type,)
         how = {"action": "store_true"} if kind is bool else {"type": kind}
@@ -350,18 +358,19 @@ def parse_config(argv: list[str] | None) -> Config:
     c.micro_batch_size = micro = c.micro_batch_size or math.gcd(share, 4 if c.model else share)
     whole = min(micro, share) > 0 and c.batch_size % (WORLD_SIZE * micro) == 0
     taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
+    positive = ("beta", "lr", "epochs", "max_length", "log_every")
     for holds, message in (
         (bool(c.model) == bool(c.dataset), "--model needs --dataset, and the other way round"),
         (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
         (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
-        (c.beta > 0, f"--beta {c.beta} is not above 0"),
+        *((getattr(c, x) > 0, f"--{x} {getattr(c, x)} is not above 0") for x in positive),
         (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (whole, f"--batch_size {c.batch_size} is no multiple of {WORLD_SIZE} processes x {micro}"),
         (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (not taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
     ):
         if not holds:
-            parser.error(message)
+            error(message)
     if c.loss == "simpo" and c.gamma > c.beta:
         print(f"warning: gamma/beta is {c.gamma / c.beta:.2f}; the paper tuned it from 0 to 1")
     return c
@@ -464,6 +473,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
             log({"step": step, "skipped_rows": rows})
             print(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
             if skipped == 10:
+                bar.close()
                 raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         optimizer.zero_grad()
         schedule.step()

@@ -1,0 +1,1233 @@
+"""Tests of simpo.py: what could go wrong without anybody noticing, and how one would notice.
+
+    python -m pytest test_simpo.py                  # about a minute on two CPU cores
+    SIMPO_SLOW=1 python -m pytest test_simpo.py     # with the built-in demo, another half minute
+
+Every expected number comes from somewhere else than simpo.py: worked out by hand in plain Python
+floats, by a slow loop that scores one token at a time, or by another process. All models are
+tiny and random, all files are made on the spot, and nothing needs a network or a GPU.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+SCRIPT = Path(__file__).with_name("simpo.py")
+CACHE = tempfile.TemporaryDirectory()  # removed when Python exits
+# Set before the imports that read them, and handed down to the processes started below.
+os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+
+import simpo
+
+# ------------------------------------------------------------------------- tiny tokenizers
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>"]
+SPECIALS += ["<|endoftext|>"]
+GENERATE = "{% if add_generation_prompt %}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}" + GENERATE + "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    "{% endif %}" + CHATML
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' + "
+    "m.content | trim + '<|eot|>' }}{% endfor %}"
+    + GENERATE
+    + "{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + "
+    "' [/INST]' }}{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ '\n' + m.role + ': ' + m.content }}{% endfor %}"
+    + GENERATE
+    + "{{ '\nassistant: ' }}{% endif %}"
+)
+
+
+def make_tokenizer(template=CHATML, bos="<s>", eos="<|im_end|>", pad=None, adds_bos=0, merge=""):
+    """One token per byte, so that lengths can be counted by eye; `merge` makes two bytes one."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = [*SPECIALS, *letters, merge] if merge else [*SPECIALS, *letters]
+    ids = {token: i for i, token in enumerate(vocab)}
+    bpe = tokenizers.models.BPE(vocab=ids, merges=[tuple(merge)] if merge else [])
+    core = tokenizers.Tokenizer(bpe)
+    options = {"add_prefix_space": False, "use_regex": False}
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(**options)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    if adds_bos:  # as Llama's does to every text it is given
+        core.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
+        )
+    known = {"bos_token": bos, "eos_token": eos, "pad_token": pad or eos}
+    others = [token for token in SPECIALS if token not in known.values()]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, additional_special_tokens=others, **known
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+class Style(NamedTuple):
+    """A way to write a chat. What must stand before an answer to "Hi?", and what must be scored
+    at its end, are written here by hand."""
+
+    make: callable
+    before: str
+    end: str
+
+
+STYLES = {
+    "chatml": Style(
+        lambda: make_tokenizer(CHATML),
+        "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",  # and not the newline that the template writes after it
+    ),
+    "qwen": Style(  # no BOS; a system turn that nobody asked for
+        lambda: make_tokenizer(QWEN, bos=None, pad="<|endoftext|>"),
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    "llama3": Style(  # the template writes BOS, and the tokenizer would add another
+        lambda: make_tokenizer(LLAMA3, eos="<|eot|>", adds_bos=True),
+        "<s><|header|>user<|/header|>\n\nHi?<|eot|><|header|>assistant<|/header|>\n\n",
+        "<|eot|>",
+    ),
+    "mistral": Style(  # no header before an answer
+        lambda: make_tokenizer(MISTRAL, eos="</s>", adds_bos=True),
+        "<s>[INST] Hi? [/INST]",
+        "</s>",
+    ),
+    "no_end": Style(  # the template writes nothing after an answer
+        lambda: make_tokenizer(NO_END, eos="</s>"), "\nuser: Hi?\nassistant: ", "</s>"
+    ),
+}
+every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+
+
+# ------------------------------------------------------------------------- tiny models
+SHAPE = {"vocab_size": 264, "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 3}
+SHAPE |= {"initializer_range": 0.3}  # large weights, so that answers differ in likelihood
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+
+
+def make_llama(**options):
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**SHAPE | LLAMA | options)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def make_gpt2(**options):
+    """Positions are learned vectors here, and the head is tied to the embeddings."""
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, **options)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def make_gemma2():
+    """Its logits go through a tanh ("soft cap") after the head."""
+    torch.manual_seed(3)
+    options = LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
+    config = transformers.Gemma2Config(**SHAPE | options)
+    return transformers.Gemma2ForCausalLM(config).eval()
+
+
+MODELS = {"llama": make_llama, "gpt2": make_gpt2, "gemma2": make_gemma2}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def write_model(folder, model=None, tokenizer=None):
+    (model or make_llama()).save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------- tiny data
+def chat(prompt, chosen, rejected):
+    """A row in the form of most preference datasets: a prompt, and two answers as messages."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    return {"prompt": [{"role": "user", "content": prompt}]} | {
+        side: [{"role": "assistant", "content": text}] for side, text in sides.items()
+    }
+
+
+def texts(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+NINE = [
+    chat("Hi", "Hello!", "Go"),
+    chat("2+2?", "4", "It is five"),
+    chat("Name a colour", "blue", "seven"),
+    chat("Capital of France?", "Paris", "Rome, I think"),
+    chat("x", "yes", "no"),
+    chat("Is it café or cafe?", "café", "k"),
+    chat("One word for big", "huge", "a very large thing"),
+    chat("Sing", "la la la la", "I will not"),
+    chat("Bye", "See you", "?"),
+]
+SEVEN = [chat(f"Question {i}", "word " * (i + 1), "no" * (7 - i)) for i in range(7)]
+PLAIN = [texts(f"Q{i}: why?\nA:", f" because {i}", " it is" * (i + 1)) for i in range(5)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------- slow and independent
+def ids_by_hand(row, tokenizer):
+    """ChatML written out with an f-string, not with a template: -> prompt, chosen, rejected."""
+    prompt = f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    sides = [f"{row[side][0]['content']}<|im_end|>" for side in ("chosen", "rejected")]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in (prompt, *sides)]
+
+
+def slow_logps(model, prompt_ids, answer_ids):
+    """log pi(answer | prompt): one token at a time, one row at a time, plain Python floats."""
+    total = 0.0
+    for t, token in enumerate(answer_ids):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt_ids + answer_ids[:t]])).logits[0, -1].tolist()
+        top = max(logits)
+        total += logits[token] - top - math.log(sum(math.exp(x - top) for x in logits))
+    return total
+
+
+def slow_averages(model, tokenizer, row):
+    """log pi(y|x) / |y| of both answers of a row."""
+    prompt, chosen, rejected = ids_by_hand(row, tokenizer)
+    sides = (chosen, rejected)
+    return [slow_logps(model, prompt, side) / len(side) for side in sides]
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def mean(numbers):
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def simpo_by_hand(averages, beta=2.5, gamma=1.4):
+    """The metrics of pairs with these (chosen, rejected) average log-probabilities."""
+    return {
+        "loss": mean(-log_sigmoid(beta * w - beta * l - gamma) for w, l in averages),
+        "rewards/chosen": mean(beta * w for w, _ in averages),
+        "rewards/rejected": mean(beta * l for _, l in averages),
+        "rewards/margins": mean(beta * (w - l) for w, l in averages),
+        "rewards/accuracies": mean(float(w > l) for w, l in averages),
+        "logps/chosen": mean(w for w, _ in averages),
+        "logps/rejected": mean(l for _, l in averages),
+    }
+
+
+# ------------------------------------------------------------------------- running simpo.py
+STILL = ["--lr", "1e-12"]  # a learning rate that changes nothing that could be measured
+
+
+def run(model, data, out, *flags):
+    """Train in this process -> (metrics of the last evaluation, rows of metrics.jsonl)."""
+    argv = ["--model", model, "--dataset", data, "--output_dir", out, *flags]
+    return simpo.main([str(word) for word in argv]), read_metrics(out)
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(rows):
+    return [row for row in rows if "loss" in row]
+
+
+def evaluations_of(rows):
+    """Without the prefix: {"loss": ...}, one for each evaluation."""
+    found = [{k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in rows]
+    return [metrics for metrics in found if metrics]
+
+
+def command_line(monkeypatch, capsys, *argv):
+    """`python simpo.py argv`, without starting Python anew -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["simpo.py", *map(str, argv)])
+    capsys.readouterr()
+    code = 0
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def fresh_process(*argv):
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def torchrun(processes, *argv):
+    """`torchrun --nproc_per_node=processes simpo.py argv`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return fresh_process(*launch, f"--master_port={port}", SCRIPT, *argv)
+
+
+def the_error(result, out):
+    """The one line that tells a user what to mend; nothing else may have happened."""
+    code, _, stderr = result
+    lines = stderr.split("\n")
+    errors = [line for line in lines if line.startswith("simpo.py: error: ")]
+    assert code == 2
+    assert "Traceback" not in stderr
+    assert len(errors) == 1, stderr
+    written = {path.name for path in Path(out).glob("*")}
+    assert written <= {"metrics.jsonl", "simpo_run.json"}  # no model
+    return errors[0]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with the model "llama" and the files nine.jsonl and seven.jsonl."""
+    folder = tmp_path_factory.mktemp("place")
+    write_model(folder / "llama")
+    write_jsonl(folder / "nine.jsonl", NINE)
+    write_jsonl(folder / "seven.jsonl", SEVEN)
+    return folder
+
+
+@pytest.fixture
+def mistake(place, tmp_path, monkeypatch, capsys):
+    """mistake(flag, value, ...) makes a good command bad -> the line of the error."""
+
+    def command(*flags):
+        out = tmp_path / "out"
+        good = ["--model", place / "llama", "--dataset", place / "nine.jsonl", "--output_dir", out]
+        return the_error(command_line(monkeypatch, capsys, *good, *flags), out)
+
+    return command
+
+
+# ========================================================================= objectives
+def test_simpo_loss_is_the_equation_with_the_papers_beta_and_gamma_by_default():
+    """Catches defaults that are not the method's: another beta, another gamma, an SFT term."""
+    chosen, rejected = [-0.3, -1.7, -2.0], [-1.1, -0.2, -2.0]
+    losses = simpo.simpo_loss(torch.tensor(chosen), torch.tensor(rejected))
+    expected = [-log_sigmoid(2.5 * (w - l) - 1.4) for w, l in zip(chosen, rejected)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gamma_is_in_units_of_reward_and_not_the_ratio_of_gamma_to_beta():
+    """Catches a gamma that is multiplied by beta (the official code's flag is that ratio)."""
+    tie = torch.tensor([-1.0])
+    loss = simpo.simpo_loss(tie, tie, beta=2.5, gamma=1.4).item()
+    assert loss == pytest.approx(math.log(1 + math.exp(1.4)), rel=1e-6)
+    # A pair whose rewards differ by exactly gamma has the loss of a coin toss.
+    loss = simpo.simpo_loss(torch.tensor([-1.0]), torch.tensor([-1.56]), beta=2.5, gamma=1.4)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_label_smoothing_mixes_the_losses_of_the_pair_and_of_the_swapped_pair():
+    """Catches a smoothing that forgets the (1 - epsilon), or flips the sign of gamma alone."""
+    m = 2.0 * (-0.5 + 1.25) - 0.6
+    expected = -0.9 * log_sigmoid(m) - 0.1 * log_sigmoid(-m)
+    chosen, rejected = torch.tensor([-0.5]), torch.tensor([-1.25])
+    loss = simpo.simpo_loss(chosen, rejected, beta=2.0, gamma=0.6, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_dpo_loss_is_the_equation():
+    """Catches averages where DPO has sums, and a reference that is subtracted the wrong way."""
+    numbers = [-12.0, -15.5, -13.0, -14.0]
+    loss = simpo.dpo_loss(*(torch.tensor([x]) for x in numbers), beta=0.3)
+    expected = -log_sigmoid(0.3 * ((-12.0 + 13.0) - (-15.5 + 14.0)))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_losses_have_finite_values_and_gradients_at_huge_margins():
+    """Catches log(sigmoid(x)) in two steps, which is -inf from about x = -100 on."""
+    chosen = torch.tensor([-1e4, 0.0], requires_grad=True)
+    losses = simpo.simpo_loss(chosen, torch.tensor([0.0, -1e4]), gamma=0.0)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([2.5e4, 0.0])
+    assert chosen.grad.tolist() == pytest.approx([-2.5, 0.0])
+
+
+# ========================================================================= log-likelihood
+def some_pairs(seed=0, count=4):
+    """Pairs of random token ids, of many lengths, that include the id that pads (3)."""
+    rng = random.Random(seed)
+    lengths = {"prompt_ids": 20, "chosen_ids": 12, "rejected_ids": 7}
+    return [
+        {key: [rng.randrange(264) for _ in range(rng.randint(1, n))] for key, n in lengths.items()}
+        for _ in range(count)
+    ]
+
+
+def slow_scores(model, pairs):
+    rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
+    return [slow_logps(model, *row) for row in rows]
+
+
+@every_model
+def test_scores_are_those_of_a_token_by_token_loop(name):
+    """Catches logits not shifted against labels, scored prompt tokens and forgotten soft caps."""
+    model, pairs = MODELS[name](), some_pairs()
+    logps, lengths = simpo.ResponseLogps(model)(**simpo.collate(pairs))
+    assert logps.tolist() == pytest.approx(slow_scores(model, pairs), rel=1e-5)
+    counted = [len(p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
+    assert lengths.tolist() == counted
+
+
+@every_model
+def test_a_score_is_the_same_alone_and_in_a_padded_batch(name):
+    """Catches padding that shifts positions or is attended to, and |y| averaged over a batch."""
+    scorer, pairs = simpo.ResponseLogps(MODELS[name]()), some_pairs(seed=1, count=6)
+    together, _ = scorer(**simpo.collate(pairs))
+    alone = [scorer(**simpo.collate([pair]))[0] for pair in pairs]
+    assert together.tolist() == pytest.approx(torch.stack(alone).T.flatten().tolist(), rel=1e-5)
+
+
+@every_model
+def test_gradients_through_the_chunked_head_are_those_of_full_logits(name):
+    """Catches a head that, applied to three tokens at a time, loses or doubles gradients."""
+    model, pairs = MODELS[name](), some_pairs(seed=2)
+    logps, lengths = simpo.ResponseLogps(model, chunk=3)(**simpo.collate(pairs))
+    assert lengths.sum() > 3 * 3  # several chunks
+    weights = torch.arange(1.0, len(logps) + 1) / lengths
+    (logps * weights).sum().backward()
+    chunked = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
+    for weight, (prompt, answer) in zip(weights, rows):
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        picked = F.log_softmax(logits, dim=-1)[torch.arange(len(answer)), answer]
+        (weight * picked.sum()).backward()
+    for key, p in model.named_parameters():
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(chunked[key], p.grad, rtol=0, atol=1e-5 * scale, msg=key)
+
+
+def test_tokens_that_the_model_is_certain_of_count_in_the_length():
+    """Catches |y| counted by log-probabilities that are not 0, where certain tokens vanish."""
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    prompt, answer = [10, 20, 30], []
+    for _ in range(5):  # greedy, so each of these tokens has a probability of exactly 1
+        answer.append(model(torch.tensor([prompt + answer])).logits[0, -1].argmax().item())
+    pair = {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer[:2]}
+    logps, lengths = simpo.ResponseLogps(model)(**simpo.collate([pair]))
+    assert logps.tolist() == [0.0, 0.0]
+    assert lengths.tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("how", ["fp32", "bf16 weights", "autocast"])
+def test_log_softmax_and_sums_are_fp32_for_bf16_logits(how):
+    """Catches a log-softmax in bf16, which has three digits: log-probs of -6 in steps of 0.03."""
+    model, pairs = make_llama(num_hidden_layers=0), some_pairs(seed=3)
+    with torch.no_grad():  # hidden states of -1 and 1, and logits in steps of 1/4: exact in bf16
+        model.model.embed_tokens.weight.sign_()
+        model.lm_head.weight.uniform_(-2, 2).round_().div_(4)
+    expected = slow_scores(model, pairs)
+    model = model.bfloat16() if how == "bf16 weights" else model
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        logps, _ = simpo.ResponseLogps(model)(**simpo.collate(pairs))
+    assert logps.dtype == torch.float32
+    assert logps.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# ========================================================================= data
+def tokenize(row, tokenizer, max_length=400, max_prompt_length=300):
+    return simpo.tokenize_pair(row, tokenizer, max_length, max_prompt_length)
+
+
+@every_style
+def test_each_template_gets_one_bos_and_one_scored_end_of_turn(style):
+    """Catches BOS or end of turn twice or never, a scored header, a scored newline after it."""
+    tokenizer = style.make()
+    pair = tokenize(chat("Hi?", "Hello", "Go away"), tokenizer)
+    # Special tokens must be single ids, not spelled out: encode what is expected by hand.
+    expected = [style.before, *(a + style.end for a in ("Hello", "Go away"))]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in expected]
+    assert [pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]] == ids
+    (end,) = tokenizer.encode(style.end, add_special_tokens=False)
+    assert pair["chosen_ids"].count(end) == 1 and pair["chosen_ids"][-1] == end
+    if tokenizer.bos_token:
+        assert (pair["prompt_ids"] + pair["chosen_ids"]).count(tokenizer.bos_token_id) <= 1
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_plain_texts_get_a_bos_only_from_a_tokenizer_that_adds_one(adds_bos):
+    """Catches BOS twice, BOS for tokenizers that do without, and a missing or doubled EOS."""
+    tokenizer = make_tokenizer(template=None, eos="</s>", adds_bos=adds_bos)
+    pair = tokenize(texts("Q: why?\nA:", " so</s>", " no"), tokenizer)
+    assert tokenizer.decode(pair["prompt_ids"]) == "<s>" * adds_bos + "Q: why?\nA:"
+    assert tokenizer.decode(pair["chosen_ids"]) == " so</s>"
+    assert tokenizer.decode(pair["rejected_ids"]) == " no</s>"
+    with_bos_in_the_text = tokenize(texts("<s>Q: why?\nA:", " so", " no"), tokenizer)
+    assert tokenizer.decode(with_bos_in_the_text["prompt_ids"]) == "<s>Q: why?\nA:"
+
+
+def test_a_tokenizer_without_bos_gets_none():
+    """Catches None, or another token, in the place of a BOS that does not exist."""
+    tokenizer = make_tokenizer(template=None, bos=None, eos="<|endoftext|>")
+    pair = tokenize(texts("Q:", " yes", " no"), tokenizer)
+    assert pair["prompt_ids"] == tokenizer.encode("Q:")
+    assert None not in pair["prompt_ids"] + pair["chosen_ids"] + pair["rejected_ids"]
+
+
+def test_an_answer_survives_a_tokenizer_that_merges_across_the_seam():
+    """Catches a first token of the answer that is lost in, or stolen from, the prompt's last."""
+    tokenizer = make_tokenizer(template=None, eos="</s>", merge=":Ġ")
+    seam = tokenizer.encode("A: yes")
+    assert len(seam) == 5  # ":" and " " do merge into one token
+    pair = tokenize(texts("Q: why?\nA:", " yes", "no"), tokenizer)
+    assert tokenizer.decode(pair["prompt_ids"]) == "Q: why?\nA:"
+    assert pair["prompt_ids"] == tokenizer.encode("Q: why?\nA:")  # as when the model is asked
+    assert tokenizer.decode(pair["chosen_ids"]) == " yes</s>"
+    assert tokenizer.decode(pair["rejected_ids"]) == "no</s>"
+
+
+@every_style
+def test_only_the_last_assistant_turn_is_scored(style):
+    """Catches the answers of earlier turns counted in log pi(y|x) and |y|."""
+    tokenizer = style.make()
+    turns = [("user", "Hi?"), ("assistant", "Hello"), ("user", "More?")]
+    turns = [{"role": role, "content": content} for role, content in turns]
+    row = chat("", "Yes, more", "No")
+    pair = tokenize(row | {"prompt": turns}, tokenizer)
+    end = style.end
+    assert tokenizer.decode(pair["chosen_ids"]) == "Yes, more" + end
+    assert tokenizer.decode(pair["rejected_ids"]) == "No" + end
+    before = tokenizer.decode(pair["prompt_ids"])
+    assert before.index("Hi?") < before.index("Hello") < before.index("More?")
+
+
+def test_whole_conversations_are_read_as_the_prompt_and_two_answers():
+    """Catches the paper's datasets misread: there, `prompt` is a string beside the whole chats."""
+    tokenizer, row = make_tokenizer(), chat("Hi?", "Hello", "Go")
+    whole = {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+    expected = tokenize(row, tokenizer)
+    assert tokenize(whole, tokenizer) == expected
+    assert tokenize(whole | {"prompt": "an id, or the first words"}, tokenizer) == expected
+    assert tokenize(whole | {"prompt": row["prompt"]}, tokenizer) == expected
+    assert tokenize(row | {"prompt": "Hi?"}, tokenizer) == expected  # a question as a string
+
+
+def test_answers_to_different_prompts_are_no_pair():
+    """Catches a comparison of answers to two different questions."""
+    tokenizer, row = make_tokenizer(), chat("Hi?", "Hello", "Go")
+    whole = {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+    whole["rejected"] = [{"role": "user", "content": "Bye?"}, whole["rejected"][-1]]
+    assert tokenize(whole, tokenizer) is None
+    heads = ["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Bye\n\nAssistant:"]
+    assert tokenize({"chosen": heads[0] + " a", "rejected": heads[1] + " b"}, tokenizer) is None
+
+
+KEPT = [(" yes", " no"), (" yes", " yes, of course"), (" yes, of course", " yes"), ("A", "B")]
+DROPPED = [(" yes", " yes"), ("", " no"), (" yes", ""), (" yes", "  ")]
+
+
+@pytest.mark.parametrize("chosen, rejected", [*KEPT, (" The cat sat", " The cat ran"), *DROPPED])
+def test_a_prompt_inside_both_strings_is_found_exactly(chosen, rejected):
+    """Catches a common prefix that swallows the start of the answers or is off by one."""
+    head = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Are you sure?\n\nAssistant:"
+    tokenizer = make_tokenizer(template=None, eos="</s>")
+    pair = tokenize({"chosen": head + chosen, "rejected": head + rejected}, tokenizer)
+    assert (pair is None) == ((chosen, rejected) in DROPPED)
+    if pair:
+        prompt, *answers = (
+            tokenizer.decode(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        assert prompt == head
+        assert answers == [chosen + "</s>", rejected + "</s>"]
+
+
+def test_the_end_of_turn_is_scored_when_it_also_pads():
+    """Catches labels masked wherever the id is the padding's: the model never learns to stop."""
+    tokenizer, model = make_tokenizer(), make_llama()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    pairs = [tokenize(row, tokenizer) for row in NINE]
+    logps, lengths = simpo.ResponseLogps(model)(**simpo.collate(pairs))
+    by_hand = [ids_by_hand(row, tokenizer) for row in NINE]
+    answers = [(ids[0], ids[side]) for side in (1, 2) for ids in by_hand]
+    assert all(answer[-1] == tokenizer.eos_token_id for _, answer in answers)
+    assert logps.tolist() == pytest.approx([slow_logps(model, *a) for a in answers], rel=1e-5)
+    assert lengths.tolist() == [len(answer) for _, answer in answers]
+
+
+@every_style
+def test_a_cut_answer_gets_no_end_of_turn(style):
+    """Catches a model taught to stop mid-sentence: an end of turn forged onto a cut answer."""
+    tokenizer = style.make()
+    (end,) = tokenizer.encode(style.end, add_special_tokens=False)
+    whole = tokenize(chat("Hi?", "abcdefghij", "no"), tokenizer)
+    for kept in (1, 5, 10):  # at 10, only the end of turn itself has no room
+        cut = tokenize(chat("Hi?", "abcdefghij", "no"), tokenizer, len(whole["prompt_ids"]) + kept)
+        assert cut["chosen_ids"] == whole["chosen_ids"][:kept]
+        assert end not in cut["chosen_ids"]
+
+
+@every_style
+def test_a_long_prompt_keeps_its_opening_and_the_assistant_header(style):
+    """Catches a cut through the template: BOS, or the header before the answer, is gone."""
+    tokenizer = style.make()
+    question = " ".join(f"word{i}" for i in range(40)) + " the end?"
+    pair = tokenize(chat(question, "Hello", "Go"), tokenizer, 120, 100)
+    before, after = style.before.split("Hi?")
+    text = tokenizer.decode(pair["prompt_ids"])
+    assert len(pair["prompt_ids"]) == 100
+    assert text.startswith(before)
+    assert text.endswith("the end?" + after)
+    assert tokenizer.decode(pair["chosen_ids"]) == "Hello" + style.end
+
+
+def test_no_row_is_longer_than_allowed_and_nothing_is_cut_that_fits():
+    """Catches answers cut because the other one is long, or to a fixed share of the room."""
+    tokenizer, rng = make_tokenizer(template=None, eos="</s>"), random.Random(0)
+    dropped = cut = whole = 0
+    for _ in range(400):
+        p, c, r = rng.randint(1, 40), rng.randint(1, 40), rng.randint(1, 40)
+        max_length = rng.randint(8, 70)
+        max_prompt = rng.randint(1, max_length)
+        row = texts("p" * p, "c" * c, "r" * r)
+        pair = tokenize(row, tokenizer, max_length, max_prompt)
+        room = max_length - min(p, max_prompt)
+        if room == 0:
+            assert pair is None
+            dropped += 1
+            continue
+        lengths = [len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        # One token a letter, and one for the end of turn.
+        assert lengths == [min(p, max_prompt), min(c + 1, room), min(r + 1, room)]
+        fits = p <= max_prompt and p + max(c, r) + 1 <= max_length
+        assert fits == (lengths == [p, c + 1, r + 1])
+        cut, whole = cut + (not fits), whole + fits
+        other = tokenize(row | {"rejected": "x"}, tokenizer, max_length, max_prompt)
+        assert other["chosen_ids"] == pair["chosen_ids"]
+    assert min(dropped, cut, whole) >= 5  # all three happened
+
+
+@every_style
+def test_limits_hold_for_chats_of_random_lengths(style):
+    """Catches limits that only hold for plain texts: a template's own tokens need room, too."""
+    tokenizer, rng = style.make(), random.Random(1)
+    before, after = (
+        tokenizer.encode(x, add_special_tokens=False) for x in style.before.split("Hi?")
+    )
+    dropped = cut = whole = 0
+    for _ in range(150):
+        row = chat("p" * rng.randint(1, 60), "c" * rng.randint(1, 60), "r" * rng.randint(1, 60))
+        full = tokenize(row, tokenizer)
+        max_length = rng.randint(60, 190)
+        max_prompt = rng.choice([max_length, rng.randint(50, max_length)])
+        pair = tokenize(row, tokenizer, max_length, max_prompt)
+        kept = min(len(full["prompt_ids"]), max_prompt)
+        if kept == max_length:
+            assert pair is None
+            dropped += 1
+            continue
+        assert len(pair["prompt_ids"]) == kept
+        assert pair["prompt_ids"][: len(before)] == before
+        assert pair["prompt_ids"][kept - len(after) :] == after
+        for side in ("chosen_ids", "rejected_ids"):
+            assert pair[side] == full[side][: max_length - kept]
+        fits = all(pair[key] == full[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        cut, whole = cut + (not fits), whole + fits
+    assert min(cut, whole) >= 5 and dropped >= 1
+
+
+# ========================================================================= training: the numbers
+def test_default_flags_train_with_the_papers_objective(place, tmp_path):
+    """Catches flags whose defaults are not beta 2.5 and gamma 1.4, and swapped metrics."""
+    flags = ["--eval_dataset", place / "seven.jsonl"]
+    last, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    model, tokenizer = make_llama(), make_tokenizer()
+    before, after = evaluations_of(rows)
+    averages = [slow_averages(model, tokenizer, row) for row in SEVEN]
+    expected = simpo_by_hand(averages)
+    assert {name: before[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert {f"eval/{name}": x for name, x in after.items()} == last
+    averages = [slow_averages(model, tokenizer, row) for row in NINE]
+    (step,) = steps_of(rows)  # 9 pairs are fewer than the 128 of a batch: one step
+    expected = simpo_by_hand(averages)
+    assert {name: step[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_chosen_and_rejected_are_not_swapped_in_the_metrics(place, tmp_path):
+    """Catches accuracies and margins with the wrong sign, which look like a broken model."""
+    model, tokenizer = make_llama(), make_tokenizer()
+    order = [slow_averages(model, tokenizer, row) for row in NINE]
+    assert all(abs(w - l) > 1e-3 for w, l in order)
+    likely = [
+        row if w > l else row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+        for row, (w, l) in zip(NINE, order)
+    ]
+    data = write_jsonl(tmp_path / "likely.jsonl", likely)
+    _, rows = run(place / "llama", data, tmp_path / "out", *STILL)
+    (step,) = steps_of(rows)
+    assert step["rewards/accuracies"] == 1.0
+    assert step["rewards/margins"] == pytest.approx(2.5 * mean(abs(w - l) for w, l in order))
+    assert step["logps/chosen"] == pytest.approx(mean(max(o) for o in order))
+    assert step["logps/rejected"] == pytest.approx(mean(min(o) for o in order))
+
+
+def test_longer_answers_of_the_same_likelihood_per_token_have_the_same_reward(tmp_path):
+    """Catches sums where SimPO and SFT have averages: every token is 1 of 264 here."""
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    folder = write_model(tmp_path / "uniform", model)
+    data = write_jsonl(
+        tmp_path / "data.jsonl", [chat("Hi", "a" * 30, "b"), chat("x", "a", "b" * 9)]
+    )
+    _, rows = run(folder, data, tmp_path / "simpo", *STILL)
+    (step,) = steps_of(rows)
+    assert step["loss"] == pytest.approx(math.log(1 + math.exp(1.4)), rel=1e-6)
+    assert step["rewards/chosen"] == pytest.approx(-2.5 * math.log(264), rel=1e-6)
+    assert step["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    _, rows = run(folder, data, tmp_path / "sft", "--loss", "sft", *STILL)
+    assert steps_of(rows)[0]["loss"] == pytest.approx(math.log(264), rel=1e-6)
+
+
+def test_dpo_compares_sums_with_the_reference_model(place, tmp_path):
+    """Catches averages where DPO has sums, and a reference that is not --ref_model."""
+    reference = make_gpt2()
+    write_model(tmp_path / "reference", reference)
+    flags = ["--loss", "dpo", "--beta", 0.1, "--ref_model", tmp_path / "reference", *STILL]
+    _, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    rewards = []
+    for row in NINE:
+        prompt, *answers = ids_by_hand(row, make_tokenizer())
+        scores = [[slow_logps(m, prompt, a) for m in (make_llama(), reference)] for a in answers]
+        rewards.append([0.1 * (ours - theirs) for ours, theirs in scores])
+    (step,) = steps_of(rows)
+    assert step["rewards/chosen"] == pytest.approx(mean(w for w, _ in rewards), rel=1e-4)
+    assert step["rewards/rejected"] == pytest.approx(mean(l for _, l in rewards), rel=1e-4)
+    assert step["loss"] == pytest.approx(mean(-log_sigmoid(w - l) for w, l in rewards), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dpo_starts_at_ln_2_with_dropout_in_the_config_and_shuffled_pairs(name, place, tmp_path):
+    """Catches dropout in training, and reference scores that belong to another row."""
+    model = (
+        make_llama(attention_dropout=0.5)
+        if name == "llama"
+        else make_gpt2(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    )
+    write_model(tmp_path / name, model)
+    flags = ["--loss", "dpo", "--beta", 0.1, "--batch_size", 2, "--epochs", 2, *STILL]
+    flags += ["--eval_dataset", place / "seven.jsonl"]
+    _, rows = run(tmp_path / name, place / "nine.jsonl", tmp_path / "out", *flags)
+    losses = [row["loss"] for row in steps_of(rows) + evaluations_of(rows)]
+    assert len(losses) == 2 * 5 + 2
+    assert losses == pytest.approx([math.log(2)] * len(losses), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", simpo.OBJECTIVES)
+def test_every_objective_lowers_its_own_loss(loss, place, tmp_path):
+    """Catches an objective with the wrong sign, or one that no gradient reaches."""
+    flags = ["--loss", loss, "--lr", 1e-3, "--batch_size", 9, "--epochs", 8]
+    _, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    losses = [row["loss"] for row in steps_of(rows)]
+    assert len(losses) == 8 and all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 1e-3
+
+
+# ========================================================================= training: the machinery
+TIMINGS = {"step_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+# 9 pairs, 4 to a batch: the third step has a single pair, and with two processes one has none.
+FOURS = ["--batch_size", 4, "--lr", 1e-3, "--max_grad_norm", 0.5]
+CUTS = {
+    "one pair at a time": ["--micro_batch_size", 1],
+    "two pairs at a time": ["--micro_batch_size", 2],
+    "with gradient checkpointing": ["--micro_batch_size", 2, "--gradient_checkpointing"],
+}
+
+
+@pytest.fixture(scope="session", params=["simpo", "sft"])
+def in_fours(request, place):
+    """One objective, trained with four pairs in one pass, and by two processes -> two folders."""
+    flags = [*FOURS, "--loss", request.param, "--eval_dataset", place / "seven.jsonl"]
+    one, two = place / f"one_{request.param}", place / f"two_{request.param}"
+    run(place / "llama", place / "nine.jsonl", one, *flags, "--micro_batch_size", 4)
+    source = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
+    micro = {"simpo": 1, "sft": 2}[request.param]  # with and without accumulation
+    done = torchrun(2, *source, "--output_dir", two, *flags, "--micro_batch_size", micro)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, one, two
+
+
+def assert_same_training(one, two):
+    """The same rows of metrics.jsonl, timings apart, and the same weights."""
+    rows_one, rows_two = read_metrics(one), read_metrics(two)
+    assert len(rows_one) == len(rows_two)
+    for row_one, row_two in zip(rows_one, rows_two):
+        row_one, row_two = (
+            {name: x for name, x in row.items() if name not in TIMINGS}
+            for row in (row_one, row_two)
+        )
+        assert row_one == pytest.approx(row_two, rel=1e-5, abs=1e-6)
+    weights_one, weights_two = (load_file(out / "model.safetensors") for out in (one, two))
+    assert weights_one.keys() == weights_two.keys()
+    for name in weights_one:
+        torch.testing.assert_close(weights_one[name], weights_two[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_how_a_batch_is_cut_changes_nothing(cut, in_fours, place, tmp_path):
+    """Catches a loss that is not divided by the number of accumulated passes, or divided twice."""
+    loss, one, _ = in_fours
+    flags = [*FOURS, *CUTS[cut], "--loss", loss, "--eval_dataset", place / "seven.jsonl"]
+    run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    assert_same_training(one, tmp_path / "out")
+
+
+def test_two_processes_train_exactly_what_one_does(in_fours):
+    """Catches gradients and metrics of rank 0 alone, and a batch that grows with the processes."""
+    _, one, two = in_fours
+    assert len(steps_of(read_metrics(two))) == 3
+    assert_same_training(one, two)
+
+
+def test_an_evaluation_on_two_processes_is_the_mean_over_all_pairs(in_fours):
+    """Catches a mean of means and pairs that are counted twice: 7 pairs do not halve evenly."""
+    loss, _, two = in_fours
+    before, after = evaluations_of(read_metrics(two))
+    averages = [slow_averages(make_llama(), make_tokenizer(), row) for row in SEVEN]
+    by_hand = {
+        "simpo": simpo_by_hand(averages)["loss"],
+        "sft": -mean(w for w, _ in averages),
+    }
+    assert before["loss"] == pytest.approx(by_hand[loss], rel=1e-5)
+    trained = transformers.AutoModelForCausalLM.from_pretrained(two)
+    chosen = mean(slow_averages(trained, make_tokenizer(), row)[0] for row in SEVEN)
+    assert after["logps/chosen"] == pytest.approx(chosen, rel=1e-5)
+    assert after["loss"] < before["loss"] - 1e-3  # it did learn
+
+
+def test_a_smaller_last_batch_is_divided_by_its_own_number_of_pairs(place, tmp_path):
+    """Catches a last batch of 2 divided by 4: ten equal pairs must give three equal gradients."""
+    data = write_jsonl(tmp_path / "equal.jsonl", [NINE[3]] * 10)
+    flags = ["--batch_size", 4, "--micro_batch_size", 2, *STILL]
+    _, rows = run(place / "llama", data, tmp_path / "out", *flags)
+    first, second, third = steps_of(rows)
+    model = make_llama()
+    prompt, *answers = ids_by_hand(NINE[3], make_tokenizer())
+    averages = []
+    for answer in answers:
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        averages.append(-F.cross_entropy(logits, torch.tensor(answer)))
+    F.softplus(-(2.5 * averages[0] - 2.5 * averages[1] - 1.4)).backward()
+    norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
+    assert [row["grad_norm"] for row in (first, second, third)] == pytest.approx([norm] * 3)
+    assert third["loss"] == pytest.approx(first["loss"])
+
+
+def test_each_epoch_sees_every_pair_once_in_an_order_of_its_own(place, tmp_path):
+    """Catches pairs that are left out, seen twice, or never shuffled."""
+    flags = ["--batch_size", 1, "--epochs", 2, *STILL]
+    _, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    losses = [row["loss"] for row in steps_of(rows)]
+    averages = [slow_averages(make_llama(), make_tokenizer(), row) for row in NINE]
+    in_file_order = [simpo_by_hand([pair])["loss"] for pair in averages]
+    first, second = losses[:9], losses[9:]
+    assert len(losses) == 18
+    assert sorted(first) == pytest.approx(sorted(in_file_order), rel=1e-5)
+    assert sorted(second) == pytest.approx(sorted(in_file_order), rel=1e-5)
+    assert first != pytest.approx(in_file_order, rel=1e-5)
+    assert second != pytest.approx(first, rel=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(place, tmp_path):
+    """Catches a schedule that is a step off, or whose length is not that of the run."""
+    flags = ["--batch_size", 1, "--max_steps", 8, "--warmup_ratio", 0.25, "--lr", 1e-3]
+    _, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    rates = [0.0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * k / 6) for k in range(6))]
+    assert [row["lr"] for row in steps_of(rows)] == pytest.approx([1e-3 * x for x in rates])
+
+
+def test_a_bf16_checkpoint_moves_at_the_papers_learning_rate(place, tmp_path):
+    """Catches weights kept in bf16: they are too coarse for steps of 1e-6, and stay as they are."""
+    model = make_llama(initializer_range=0.02).bfloat16()
+    write_model(tmp_path / "bf16", model)
+    flags = ["--lr", 1e-6, "--warmup_ratio", 0, "--max_steps", 1]
+    _, rows = run(tmp_path / "bf16", place / "nine.jsonl", tmp_path / "out", *flags)
+    assert steps_of(rows)[0]["lr"] == 1e-6
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("bf16", "out"))
+    assert {w.dtype for w in before.values()} == {torch.bfloat16}
+    changed = torch.cat([(after[k].float() != before[k].float()).flatten() for k in before])
+    rows_without_gradient = sum(  # the embeddings of letters that no pair contains
+        (after[k].float() == before[k].float()).all(1).sum() * before[k].shape[1]
+        for k in before
+        if "embed" in k
+    )
+    assert changed.sum() > 0.95 * (len(changed) - rows_without_gradient)
+
+
+# ========================================================================= bad numbers
+def poisoned_model(folder):
+    """A model whose vector of "~" is not a number: rows with that letter have no finite loss."""
+    model, tokenizer = make_llama(), make_tokenizer()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.encode("~")] = math.nan
+    return write_model(folder, model, tokenizer)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_names_its_rows(tmp_path, capsys):
+    """Catches one bad pair that turns every weight into NaN while the log goes on."""
+    data = write_jsonl(tmp_path / "data.jsonl", [*NINE[:4], chat("~", "a", "b"), *NINE[4:]])
+    model = poisoned_model(tmp_path / "poisoned")
+    flags = ["--batch_size", 1, "--lr", 1e-3]
+    _, rows = run(model, data, tmp_path / "out", *flags)
+    assert [row["skipped_rows"] for row in rows if "skipped_rows" in row] == [[5]]
+    assert len(steps_of(rows)) == 9
+    assert all(math.isfinite(row["loss"]) for row in steps_of(rows))
+    assert re.search(r"skipped.*\b5\b", capsys.readouterr().out)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    bad = {name: (~w.isfinite()).sum().item() for name, w in weights.items()}
+    assert {name: n for name, n in bad.items() if n} == {"model.embed_tokens.weight": 32}
+
+
+def test_the_good_rows_of_a_skipped_batch_are_not_blamed(tmp_path):
+    """Catches a report that sends the reader to rows with which nothing is wrong."""
+    data = write_jsonl(tmp_path / "data.jsonl", [*NINE[:2], chat("~", "a", "b"), NINE[3]])
+    out = tmp_path / "out"
+    _, rows = run(poisoned_model(tmp_path / "poisoned"), data, out, "--batch_size", 4)
+    assert [row.get("skipped_rows") for row in rows] == [[3]]
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(tmp_path, mistake):
+    """Catches a run that goes on for days with nothing left to learn."""
+    data = write_jsonl(tmp_path / "data.jsonl", [chat(f"~{i}", "a", "b") for i in range(12)])
+    model = poisoned_model(tmp_path / "poisoned")
+    assert "row" in mistake("--model", model, "--dataset", data, "--batch_size", 1)
+    assert [list(row) for row in read_metrics(tmp_path / "out")] == [["step", "skipped_rows"]] * 10
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_empty_and_roomless_pairs_are_dropped_and_counted(side, place, tmp_path):
+    """Catches 0/0: the average over an answer of length 0 makes the loss and all weights NaN."""
+    empty = chat("Hi", "a", "b") | {side: [{"role": "assistant", "content": ""}]}
+    endless = chat("p" * 200, "a", "b")
+    data = write_jsonl(tmp_path / "data.jsonl", [empty, *NINE, endless, chat("Hi", "a", "a")])
+    flags = ["--max_length", 64, "--max_prompt_length", 64, "--batch_size", 3, "--lr", 1e-3]
+    _, rows = run(place / "llama", data, tmp_path / "out", *flags)
+    assert [row["dropped_pairs"] for row in steps_of(rows)] == [3] * 3  # 9 pairs are left
+    assert all(math.isfinite(x) for row in rows for x in row.values())
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+# ========================================================================= what it writes
+def test_metrics_have_a_row_for_each_logged_step_and_evaluation(place, tmp_path):
+    """Catches missing keys, and a last, partial logging window that is never written."""
+    flags = ["--batch_size", 2, *STILL, "--eval_dataset", place / "seven.jsonl"]
+    source = place / "llama", place / "nine.jsonl"
+    _, each = run(*source, tmp_path / "each", *flags)
+    _, rows = run(*source, tmp_path / "twos", *flags, "--log_every", 2, "--eval_every", 2)
+    assert [row["step"] for row in steps_of(each)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in steps_of(rows)] == [2, 4, 5]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 4, 5]
+    rewards = {f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")}
+    scores = {"loss", "logps/chosen", "logps/rejected", *rewards}
+    for row in steps_of(rows):
+        assert row.keys() >= scores | TIMINGS | {"epoch", "grad_norm", "lr"}
+        assert all(row[name] > 0 for name in TIMINGS)
+    for metrics in evaluations_of(rows):
+        assert metrics.keys() >= scores
+    losses = [row["loss"] for row in steps_of(each)]
+    expected = [mean(losses[:2]), mean(losses[2:4]), losses[4]]
+    assert [row["loss"] for row in steps_of(rows)] == pytest.approx(expected)
+    assert steps_of(rows)[-1]["epoch"] == pytest.approx(1.0)
+
+
+def test_the_saved_model_is_the_trained_one_in_a_fresh_process(place, tmp_path):
+    """Catches saved weights, template or generation settings that are not those of training."""
+    model = make_llama()
+    model.generation_config.eos_token_id = [3, 6]
+    model.generation_config.max_new_tokens = 77
+    write_model(tmp_path / "start", model)
+    flags = ["--lr", 1e-3, "--batch_size", 3, "--eval_dataset", place / "seven.jsonl"]
+    out = tmp_path / "trained"
+    last, rows = run(tmp_path / "start", place / "nine.jsonl", out, *flags)
+    assert abs(evaluations_of(rows)[0]["loss"] - last["eval/loss"]) > 0.01  # the model changed
+    again = ["--model", out, "--dataset", place / "nine.jsonl", "--output_dir", tmp_path / "again"]
+    done = fresh_process(SCRIPT, *again, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reloaded = evaluations_of(read_metrics(tmp_path / "again"))[0]
+    last = {name[5:]: x for name, x in last.items()}
+    assert reloaded.pop("chosen_drift") == 0 != last.pop("chosen_drift")  # counted from the start
+    assert reloaded == pytest.approx(last, rel=1e-5, abs=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
+    settings = transformers.GenerationConfig.from_pretrained(out)
+    assert settings.eos_token_id == [3, 6] and settings.max_new_tokens == 77
+
+
+def test_the_record_of_the_run_has_every_setting(place, tmp_path):
+    """Catches a run that nobody can repeat, because a default went unrecorded."""
+    out = tmp_path / "out"
+    run(place / "llama", place / "nine.jsonl", out, "--lr", 2e-6, "--seed", 5)
+    text = (out / "simpo_run.json").read_text()
+
+    def leaves(tree):
+        for key, value in tree.items():
+            yield from leaves(value) if isinstance(value, dict) else [(key, value)]
+
+    record = dict(leaves(json.loads(text)))
+    expected = {"loss": "simpo", "beta": 2.5, "gamma": 1.4, "lr": 2e-6, "seed": 5}
+    assert {name: record[name] for name in expected} == expected
+    assert torch.__version__ in text and transformers.__version__ in text
+    assert transformers.AutoConfig.from_pretrained(out).model_type == "llama"  # not overwritten
+
+
+def test_the_name_of_a_folder_does_not_choose_the_template(place, tmp_path):
+    """Catches decisions by name: a path with "mistral" in it would be rendered another way."""
+    losses = {"chatml": set(), "llama3": set()}
+    for style, seen in losses.items():
+        for name in ("mistral-7b", "Meta-Llama-3-8B-Instruct", "qwen2.5-gemma"):
+            folder = write_model(tmp_path / style / name, tokenizer=STYLES[style].make())
+            _, rows = run(
+                folder, place / "nine.jsonl", tmp_path / style / "out", "--overwrite", *STILL
+            )
+            seen.add(steps_of(rows)[0]["loss"])
+    assert [len(seen) for seen in losses.values()] == [1, 1]
+    assert losses["chatml"] != losses["llama3"]
+
+
+def inspected(monkeypatch, capsys, model, data, *flags):
+    """What --inspect prints from the first pair on."""
+    argv = ["--model", model, "--dataset", data, "--inspect", 99, *flags]
+    code, out, err = command_line(monkeypatch, capsys, *argv)
+    assert code == 0, err
+    return "".join(line for line in out.splitlines(True) if str(data) not in line)
+
+
+def test_inspect_marks_the_scored_tokens_and_writes_nothing(place, tmp_path, monkeypatch, capsys):
+    """Catches a reader who cannot see what is scored, colour codes in a file, stray output."""
+    monkeypatch.chdir(tmp_path)
+    shown = inspected(monkeypatch, capsys, place / "llama", place / "nine.jsonl")
+    assert "\033" not in shown
+    for row in NINE:
+        prompt = row["prompt"][0]["content"]
+        assert f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" in shown
+        for side in ("chosen", "rejected"):
+            answer = re.escape(row[side][0]["content"])
+            assert re.search(rf"[\[{{<]+{answer}<\|im_end\|>[\]}}>]+\n", shown)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_file_formats_give_the_same_pairs(place, tmp_path, monkeypatch, capsys):
+    """Catches a format whose rows are read in another way, or lose their line breaks."""
+    formats = ["jsonl", "json", "parquet", "folder"]
+    for rows, kinds in ((PLAIN, [*formats, "csv"]), (NINE, formats)):
+        table, seen = datasets.Dataset.from_list(rows), []
+        for kind in kinds:
+            path = tmp_path / f"{len(rows)}.{kind}"
+            if kind == "jsonl":
+                write_jsonl(path, rows)
+            elif kind == "json":
+                path.write_text(json.dumps(rows, indent=1))
+            else:
+                save = {"parquet": table.to_parquet, "csv": table.to_csv}
+                save.get(kind, table.save_to_disk)(path)
+            seen.append(inspected(monkeypatch, capsys, place / "llama", path))
+        assert set(seen) == {seen[0]}
+        for row in rows:
+            answer = row["chosen"] if rows is PLAIN else row["chosen"][0]["content"]
+            assert answer + "<|im_end|>" in seen[0]
+
+
+def test_splits_of_a_saved_dataset_are_told_apart(place, tmp_path, monkeypatch, capsys):
+    """Catches held-out pairs that are trained on."""
+    splits = {"train": datasets.Dataset.from_list(PLAIN[:3])}
+    splits["test"] = datasets.Dataset.from_list(PLAIN[3:])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    for flags, expected in (([], PLAIN[:3]), (["--train_split", "test"], PLAIN[3:])):
+        shown = inspected(monkeypatch, capsys, place / "llama", tmp_path / "both", *flags)
+        for row in PLAIN:
+            assert (row["prompt"] in shown) == (row in expected)
+
+
+# ========================================================================= mistakes of the user
+def lines_of(*rows):
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def answer_of(content, role="assistant"):
+    return chat("Hi", "a", "b") | {"chosen": [{"role": role, "content": content}]}
+
+
+BETTER = {"question": "Hi", "better": "a", "worse": "b"}
+BAD_FILES = {  # name -> (content, what the line must say besides the name)
+    "absent.jsonl": (None, []),
+    "absent_folder": (None, []),
+    "empty.jsonl": ("", ["empty"]),
+    "empty_list.json": ("[]", []),
+    "blank_lines.jsonl": ("\n\n", []),
+    "unknown_ending.txt": (lines_of(*PLAIN), []),
+    "broken.jsonl": (lines_of(*NINE[:2], '{"prompt": "Hi'), ["line 3"]),
+    "columns.jsonl": (lines_of(BETTER), ["chosen", "rejected", "question", "better", "worse"]),
+    "half.jsonl": (lines_of({"prompt": "Hi", "chosen": "a"}), ["rejected", "prompt", "chosen"]),
+    "null_content.jsonl": (lines_of(NINE[0], answer_of(None)), ["row 2"]),
+    "null_answer.jsonl": (lines_of(PLAIN[0], PLAIN[1] | {"rejected": None}), ["row 2"]),
+    "number_contents.jsonl": (lines_of(answer_of(5)), ["row 1"]),
+    "number_answers.jsonl": (lines_of(texts("Hi", 1, 2)), ["row 1"]),
+    "one_number.jsonl": (lines_of(NINE[0], answer_of(5), NINE[2]), ["row 2"]),
+    "user_answers.jsonl": (lines_of(NINE[0], answer_of("a", role="user")), ["row 2"]),
+    "promptless.jsonl": (lines_of({"chosen": "a", "rejected": "b"}), ["row 1", "prompt"]),
+    "nothing_left.jsonl": (lines_of(chat("x", "a", "a"), chat("x", "", "b")), ["2", "empty"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_gets_one_line_that_says_where(name, tmp_path, mistake):
+    """Catches tracebacks, and messages that leave the user to search for the row."""
+    content, words = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    line = mistake("--dataset", tmp_path / name)
+    assert [word for word in ("--dataset", name, *words) if word not in line] == []
+
+
+def test_a_bad_file_of_held_out_pairs_is_named_by_its_own_flag(tmp_path, mistake):
+    """Catches a message about --dataset that is really about --eval_dataset."""
+    line = mistake("--eval_dataset", write_jsonl(tmp_path / "held.jsonl", [answer_of(None)]))
+    assert "--eval_dataset" in line and "held.jsonl" in line and "row 1" in line
+
+
+BAD_FLAGS = {  # flags -> what the line must say besides the first flag
+    "--beta 0": ["0"],
+    "--beta -1": ["-1"],
+    "--label_smoothing 0.7": ["0.7"],
+    "--batch_size 10 --micro_batch_size 4": ["10", "4"],
+    "--batch_size 0": ["0"],
+    "--lr nan": ["nan"],
+    "--lr fast": ["fast"],
+    "--loss sipmo": ["sipmo", "simpo", "dpo"],
+    "--lerning_rate 1e-6": [],
+    "--batch 8": [],  # no abbreviations: tomorrow's flag may begin with the same letters
+    "--ref_model x": ["simpo"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_bad_flag_gets_one_line_that_names_it(flags, mistake):
+    """Catches forty lines of usage, and values that are taken and then mean nothing."""
+    line, words = mistake(*flags.split()), [flags.split()[0], *BAD_FLAGS[flags]]
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize("flag", ["--model", "--dataset"])
+def test_model_and_dataset_go_together(flag, tmp_path, monkeypatch, capsys):
+    """Catches a forgotten flag that would start the demo instead of the training."""
+    out = tmp_path / "out"
+    line = the_error(command_line(monkeypatch, capsys, flag, "x", "--output_dir", out), out)
+    assert "--model" in line and "--dataset" in line
+
+
+@pytest.mark.parametrize("name", ["absent", "hollow", "weightless"])
+def test_a_bad_model_folder_gets_one_line_that_names_it(name, tmp_path, mistake):
+    """Catches tracebacks from deep inside the libraries that load models."""
+    folder = tmp_path / name
+    if name == "hollow":
+        folder.mkdir()
+    if name == "weightless":
+        write_model(folder)
+        (folder / "model.safetensors").unlink()
+    line = mistake("--model", folder)
+    assert "--model" in line and name in line
+
+
+def test_messages_without_a_chat_template_are_an_error(tmp_path, mistake):
+    """Catches a template that is made up, silently, for a model that never saw it."""
+    model = write_model(tmp_path / "base", tokenizer=make_tokenizer(template=None))
+    line = mistake("--model", model)
+    assert "nine.jsonl" in line and "chat template" in line
+    run(model, write_jsonl(tmp_path / "plain.jsonl", PLAIN), tmp_path / "out")  # texts need none
+
+
+def test_a_model_in_the_output_folder_is_not_overwritten(place, tmp_path, monkeypatch, capsys):
+    """Catches yesterday's model lost to a command that was repeated by mistake."""
+    out = write_model(tmp_path / "precious")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    argv = ["--model", place / "llama", "--dataset", place / "nine.jsonl", "--output_dir", out]
+    code, _, stderr = command_line(monkeypatch, capsys, *argv)
+    assert code == 2 and "--overwrite" in stderr and "precious" in stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run(place / "llama", place / "nine.jsonl", out, "--overwrite", "--lr", 1e-3)
+    assert len(steps_of(read_metrics(out))) == 1
+
+
+def test_a_model_that_scales_its_logits_is_never_scored_wrongly(place, tmp_path):
+    """Catches logits that the model divides after its head: either right, or refused."""
+    torch.manual_seed(4)
+    config = transformers.GraniteConfig(**SHAPE | LLAMA, logits_scaling=8.0)
+    model = transformers.GraniteForCausalLM(config).eval()
+    write_model(tmp_path / "granite", model)
+    try:
+        _, rows = run(tmp_path / "granite", place / "nine.jsonl", tmp_path / "out", *STILL)
+    except simpo.UserError as error:
+        assert "--model" in str(error) and "granite" in str(error)
+    else:
+        averages = [slow_averages(model, make_tokenizer(), row) for row in NINE]
+        expected = simpo_by_hand(averages)["loss"]
+        assert steps_of(rows)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_mistake_ends_a_real_process_with_code_2_and_one_line(place, tmp_path):
+    """Catches an exit code of 0 or 1, by which a shell script would take the run for good."""
+    data, out = write_jsonl(tmp_path / "bad.jsonl", [NINE[0], answer_of(None)]), tmp_path / "out"
+    argv = ["--model", place / "llama", "--dataset", data, "--output_dir", out]
+    done = fresh_process(SCRIPT, *argv)
+    line = the_error((done.returncode, done.stdout, done.stderr), out)
+    assert "bad.jsonl" in line and "row 2" in line
+
+
+@pytest.mark.parametrize("flags", [["--beta", 0], ["--dataset", "absent.jsonl"]], ids=str)
+def test_a_mistake_ends_all_processes_and_is_told_once(flags, place, tmp_path):
+    """Catches a process that waits for one that has ended, and eight copies of a message."""
+    good = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
+    done = torchrun(2, *good, "--output_dir", tmp_path / "out", *flags)
+    assert done.returncode != 0  # torchrun's own code, and its own words around the line
+    errors = [line for line in done.stderr.split("\n") if "simpo.py: error: " in line]
+    assert len(errors) == 1 and all(str(word) in errors[0] for word in flags)
+
+
+# ========================================================================= the demo
+@pytest.mark.skipif(os.environ.get("SIMPO_SLOW") != "1", reason="half a minute; SIMPO_SLOW=1")
+def test_the_demo_learns_what_it_should(tmp_path):
+    """Catches a demo that runs without learning: sampled answers must turn right."""
+    out = tmp_path / "demo"
+    done = fresh_process(SCRIPT, "--output_dir", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [row for row in read_metrics(out) if "eval/judge_win_rate" in row]
+    first, last = rows[0], rows[-1]
+    assert first["step"] == 0 and last["step"] == max(row["step"] for row in read_metrics(out))
+    assert 0.40 <= first["eval/judge_win_rate"] <= 0.60
+    assert last["eval/judge_win_rate"] >= 0.85
+    assert last["eval/rewards/accuracies"] >= 0.95
