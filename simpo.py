@@ -8,16 +8,14 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
     python simpo.py --model M --dataset D --eval_dataset E        # one CPU or GPU
     torchrun --nproc_per_node=8 simpo.py --model M --dataset D    # eight GPUs
 
-Rooms, in order: objectives, log-likelihood, data, configuration, runtime, training, demo, main.
 Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabulary, D hidden.
 
 Departures from the paper:
- 1. It computes in bf16 over fp32 weights (autocast); log-softmax, sums and losses are fp32.
+ 1. Compute is bf16 over fp32 weights (autocast); log-softmax, sums and losses are fp32.
  2. A prompt above --max_prompt_length loses its middle, not the template's opening or its end.
 Departures from the authors' code, princeton-nlp/SimPO:
  3. --gamma is the paper's gamma; the official gamma_beta_ratio is gamma / beta.
- 4. The assistant header is part of the prompt, so it is not scored. An answer ends with exactly
-    one end-of-turn token, scored, and nothing after it.
+ 4. An answer is scored from after the assistant header to one end-of-turn token, and no further.
  5. Each answer is cut by itself to the room its prompt leaves; a cut one has no end of turn.
  6. A pair with an empty answer is dropped before training, not divided by its length 0.
  7. Metrics cover all pairs of all processes, not those of rank 0.
@@ -32,13 +30,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import get_args
+from typing import Annotated, get_args
 
 import torch
 import torch.distributed as dist
@@ -55,9 +51,9 @@ def simpo_loss(
 ) -> Tensor:
     """SimPO's loss of each pair, [B] (arXiv:2405.14734, Eq. 6). There is no reference model.
 
-    *_avg_logps [B]: log pi(y|x) / |y|, in nats per token. beta > 0 scales them to rewards, and
-    gamma >= 0 is the margin, in reward units, by which the chosen answer must win.
-    label_smoothing in [0, 0.5]: how likely it is that a pair's two answers were swapped.
+    *_avg_logps [B]: log pi(y|x) / |y|, in nats per token. beta > 0 makes rewards of them; gamma >= 0:
+    the margin of reward by which the chosen answer must win; label_smoothing in [0, 0.5]: how
+    likely it is that a pair's two answers were swapped.
     """
     margin = beta * (chosen_avg_logps - rejected_avg_logps) - gamma
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -73,24 +69,24 @@ def dpo_loss(
 ) -> Tensor:
     """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7).
 
-    *_logps [B]: log pi(y|x), in nats, summed over the answer; ref_*: the reference's. beta > 0:
-    0.1 is the DPO paper's. label_smoothing in [0, 0.5]: as in simpo_loss.
+    *_logps [B]: log pi(y|x), in nats, summed over the answer; ref_*: the reference's. beta > 0,
+    0.1 in the DPO paper. label_smoothing as in simpo_loss.
     """
     margin = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-# Of one side, the chosen (yw) or rejected (yl) answers, all [B]: s = log pi(y|x), n = |y|, the
-# average a = s / n that SimPO is about, and s_ref = log pi_ref(y|x). c is the Config.
+# Of the chosen and the rejected answers of B pairs, [2, B], chosen first: s = log pi(y|x), n = |y|,
+# a = s / n, the average that SimPO is about, and s_ref = log pi_ref(y|x). c is the Config.
 OBJECTIVES = {  # name -> losses [B]
-    "simpo": lambda yw, yl, c: simpo_loss(yw.a, yl.a, c.beta, c.gamma, c.label_smoothing),
-    "dpo": lambda yw, yl, c: dpo_loss(yw.s, yl.s, yw.s_ref, yl.s_ref, c.beta, c.label_smoothing),
-    "sft": lambda yw, yl, c: -yw.a,
+    "simpo": lambda s, n, a, s_ref, c: simpo_loss(*a, c.beta, c.gamma, c.label_smoothing),
+    "dpo": lambda s, n, a, s_ref, c: dpo_loss(*s, *s_ref, c.beta, c.label_smoothing),
+    "sft": lambda s, n, a, s_ref, c: -a[0],
 }
-REWARDS = {  # name -> the objective's implicit reward of one side [B], for the metrics
-    "simpo": lambda y, c: c.beta * y.a,
-    "dpo": lambda y, c: c.beta * (y.s - y.s_ref),
-    "sft": lambda y, c: y.a,
+REWARDS = {  # name -> the objective's implicit rewards [2, B], for the metrics
+    "simpo": lambda s, n, a, s_ref, c: c.beta * a,
+    "dpo": lambda s, n, a, s_ref, c: c.beta * (s - s_ref),
+    "sft": lambda s, n, a, s_ref, c: a,
 }
 DEFAULT_BETA = {"simpo": 2.5, "dpo": 0.01}
 NEEDS_REFERENCE = {"dpo"}
@@ -116,9 +112,9 @@ class ResponseLogps(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What `collate` makes of B pairs -> logps [2B], fp32, in nats, and lengths [2B].
 
-        logps[i] = sum_t log pi(y_t | x, y_<t) of answer i, the B chosen ones first. Only the
-        hidden states that predict an answer's token meet the head, a chunk at a time, and
-        backward computes the chunk's logits anew: [R, T, V] logits never exist.
+        logps[i] = sum_t log pi(y_t | x, y_<t) of answer i, the B chosen ones first. Only hidden
+        states that predict an answer's token meet the head, a chunk at a time, and backward
+        computes the chunk's logits anew: [R, T, V] logits never exist.
         """
         backbone = self.model.base_model  # all below the language-model head
         hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
@@ -221,15 +217,12 @@ def tokenize_pair(
 
 def collate(pairs: list[dict], pad_token_id: int = 0) -> dict[str, Tensor]:
     """B tokenized pairs -> what ResponseLogps.forward takes: R = 2B rows, the chosen ones first.
-
-    Padding is on the right, where no token of a causal model sees it: so there is no mask, and
-    any pad_token_id gives the same scores.
-    """
+    Padding is on the right, where no token of a causal model sees it: so there is no mask."""
     rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
     starts = torch.tensor([[len(prompt)] for prompt, _ in rows])  # [R, 1]
     ends = starts + torch.tensor([[len(answer)] for _, answer in rows])  # [R, 1]
-    padding = [[pad_token_id] * int(ends.max() - end) for end in ends]
-    input_ids = torch.tensor([[*x, *y, *z] for (x, y), z in zip(rows, padding)])  # [R, T]
+    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
+    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)  # [R, T]
     scored = (position_ids >= starts) & (position_ids < ends)  # [R, T] by place, never by value
     return {
@@ -284,9 +277,9 @@ def load_pairs(name: str, source: str, split: str, tokenizer, config) -> tuple:
         options = {"remove_columns": rows.column_names, "desc": "tokenizing"}
         options["num_proc"] = min(os.cpu_count() or 1, len(rows) // 500) or None
         pairs = rows.map(encode, with_indices=True, **options)
-        kept = pairs.select([i for i, reason in enumerate(pairs["dropped"]) if not reason])
-        reasons = Counter(reason for reason in pairs["dropped"] if reason)
-        why = ", ".join(f"{n} for {reason}" for reason, n in reasons.items())
+        dropped = list(pairs["dropped"])  # reasons, "" for the pairs that are kept
+        kept = pairs.select([i for i, reason in enumerate(dropped) if not reason])
+        why = ", ".join(f"{dropped.count(x)} for {x}" for x in sorted({*dropped} - {""}))
         if not len(kept):
             raise UserError(f"none of {len(rows)} pairs is left: {why}")
     lost, cut, ids = len(rows) - len(kept), sum(kept["truncated"]), ("prompt", "chosen", "rejected")
@@ -297,41 +290,37 @@ def load_pairs(name: str, source: str, split: str, tokenizer, config) -> tuple:
 
 
 # ------------------------------------------------------------------------------ configuration
-def flag(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class Config:
-    model: str | None = flag(None, "hub id or folder of the model to train; unset: the demo")
-    dataset: str | None = flag(None, "hub id, .jsonl/.json/.parquet/.csv, or save_to_disk folder")
-    eval_dataset: str | None = flag(None, "held-out pairs; unset: --eval_split of --dataset")
-    train_split: str = flag("train", "of --dataset; slices like train[:1000] work, too")
-    eval_split: str | None = flag(None, "of held-out pairs; unset: train of --eval_dataset")
-    loss: str = flag("simpo", "objective: " + ", ".join(OBJECTIVES))
-    beta: float | None = flag(None, f"scale of the reward; unset: {DEFAULT_BETA}")
-    gamma: float = flag(1.4, "SimPO's target margin, in reward units")
-    label_smoothing: float = flag(0.0, "share of pairs held to be swapped, 0 to 0.5")
-    ref_model: str | None = flag(None, "DPO's reference; unset: the starting policy")
-    lr: float = flag(1e-6, "peak learning rate; cosine to 0")
-    batch_size: int = flag(128, "pairs per optimizer step, over all processes")
-    micro_batch_size: int | None = flag(None, "pairs per forward pass of a process; unset: up to 4")
-    epochs: int = flag(1, "passes over the pairs")
-    max_steps: int | None = flag(None, "optimizer steps; unset: as --epochs says")
-    max_length: int = flag(2048, "tokens of a prompt and an answer")
-    max_prompt_length: int | None = flag(None, "tokens of a prompt; unset: 1800/2048 of max_length")
-    warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises")
-    weight_decay: float = flag(0.0, "AdamW's")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
-    gradient_checkpointing: bool = flag(False, "keep fewer activations, compute them twice")
-    seed: int = flag(0, "of the order of pairs")
-    dtype: str | None = flag(None, "of compute, bf16 or fp32; unset: bf16 on a GPU, fp32 on a CPU")
-    output_dir: str = flag("simpo_output", "for the model, metrics.jsonl and simpo_run.json")
-    overwrite: bool = flag(False, "replace a model in --output_dir")
-    log_every: int = flag(1, "steps per row of metrics.jsonl")
-    eval_every: int = flag(0, "steps between evaluations; 0: just before and after")
-    inspect: int = flag(0, "show this many pairs as the model sees them, and exit")
-    wandb: str | None = flag(None, "Weights & Biases project to log to")
+    model: Annotated[str | None, "hub id or folder of the model to train; unset: the demo"] = None
+    dataset: Annotated[str | None, "hub id, .jsonl/.json/.parquet/.csv file, or folder"] = None
+    eval_dataset: Annotated[str | None, "held-out pairs; unset: --eval_split of --dataset"] = None
+    train_split: Annotated[str, "of --dataset; slices like train[:1000] work, too"] = "train"
+    eval_split: Annotated[str | None, "of held-out pairs; unset: train of --eval_dataset"] = None
+    loss: Annotated[str, "objective: " + ", ".join(OBJECTIVES)] = "simpo"
+    beta: Annotated[float | None, f"scale of the reward; unset: {DEFAULT_BETA}"] = None
+    gamma: Annotated[float, "SimPO's target margin, in reward units"] = 1.4
+    label_smoothing: Annotated[float, "share of pairs held to be swapped, 0 to 0.5"] = 0.0
+    ref_model: Annotated[str | None, "DPO's reference; unset: the starting policy"] = None
+    lr: Annotated[float, "peak learning rate; cosine to 0"] = 1e-6
+    batch_size: Annotated[int, "pairs per optimizer step, over all processes"] = 128
+    micro_batch_size: Annotated[int | None, "pairs per pass of a process; unset: up to 4"] = None
+    epochs: Annotated[int, "passes over the pairs"] = 1
+    max_steps: Annotated[int | None, "optimizer steps; unset: as --epochs says"] = None
+    max_length: Annotated[int, "tokens of a prompt and an answer"] = 2048
+    max_prompt_length: Annotated[int | None, "of these, the prompt's; unset: 1800 in 2048"] = None
+    warmup_ratio: Annotated[float, "share of the steps in which the learning rate rises"] = 0.1
+    weight_decay: Annotated[float, "AdamW's"] = 0.0
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: never"] = 1.0
+    gradient_checkpointing: Annotated[bool, "keep fewer activations, compute them twice"] = False
+    seed: Annotated[int, "of the order of pairs"] = 0
+    dtype: Annotated[str | None, "of compute, bf16 or fp32; unset: bf16 on GPU only"] = None
+    output_dir: Annotated[str, "for the model, metrics.jsonl and simpo_run.json"] = "simpo_output"
+    overwrite: Annotated[bool, "replace a model in --output_dir"] = False
+    log_every: Annotated[int, "steps per row of metrics.jsonl"] = 1
+    eval_every: Annotated[int, "steps between evaluations; 0: just before and after"] = 0
+    inspect: Annotated[int, "show this many pairs as the model sees them, and exit"] = 0
+    wandb: Annotated[str | None, "Weights & Biases project to log to"] = None
 
 
 def parse_config(argv: list[str] | None) -> Config:
@@ -343,9 +332,10 @@ def parse_config(argv: list[str] | None) -> Config:
     parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False)
     parser.error = error  # one line, not forty of usage
     for f in fields(Config):
-        (kind, *_) = get_args(f.type) or (f.type,)
+        kind, text = get_args(f.type)
+        (kind, *_) = get_args(kind) or (kind,)  # of float | None
         how = {"action": "store_true"} if kind is bool else {"type": kind}
-        text = f.metadata["help"] + (f" ({f.default})" if f.default else "")
+        text += f" ({f.default})" if f.default else ""
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
     c = Config(**vars(parser.parse_args(argv)))
     if not c.model and not c.dataset:
@@ -354,18 +344,19 @@ def parse_config(argv: list[str] | None) -> Config:
     c.beta = DEFAULT_BETA.get(c.loss, 1.0) if c.beta is None else c.beta
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
-    share = c.batch_size // WORLD_SIZE
-    c.micro_batch_size = micro = c.micro_batch_size or math.gcd(share, 4 if c.model else share)
-    whole = min(micro, share) > 0 and c.batch_size % (WORLD_SIZE * micro) == 0
+    most = 4 if c.model else c.batch_size  # the demo's pairs are short
+    c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, most)
     taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
-    positive = ("beta", "lr", "epochs", "max_length", "log_every")
+    positive = ("beta", "lr", "batch_size", "micro_batch_size", "epochs", "max_length", "log_every")
+    parts = f"{WORLD_SIZE} processes x {c.micro_batch_size}"
+    whole = c.batch_size % (WORLD_SIZE * max(c.micro_batch_size, 1)) == 0
     for holds, message in (
         (bool(c.model) == bool(c.dataset), "--model needs --dataset, and the other way round"),
         (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
         (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
         *((getattr(c, x) > 0, f"--{x} {getattr(c, x)} is not above 0") for x in positive),
         (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
-        (whole, f"--batch_size {c.batch_size} is no multiple of {WORLD_SIZE} processes x {micro}"),
+        (whole, f"--batch_size {c.batch_size} is not a multiple of {parts} pairs"),
         (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (not taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
     ):
@@ -382,8 +373,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets the three
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def peak_memory_gib() -> float:
-    """Of the GPU's allocator, or of the process on a CPU."""
+def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on a CPU
     cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
     return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else cpu) / 2**30
 
@@ -410,6 +400,7 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
 # ------------------------------------------------------------------------------ training
 METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
 METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "lr", "tokens_per_second")  # in the bar
 
 
 def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
@@ -432,11 +423,10 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
             with torch.autocast(DEVICE.type, torch.bfloat16, config.dtype == "bf16"):
                 s, n = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
             a, s_ref = s / n, reference[[indices[i] for i in mine]].T.to(DEVICE)
-            yw, yl = (SimpleNamespace(s=s[i], n=n[i], a=a[i], s_ref=s_ref[i]) for i in (0, 1))
-            losses = OBJECTIVES[config.loss](yw, yl, config)
+            losses = OBJECTIVES[config.loss](s, n, a, s_ref, config)
             if backward:  # DDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
-        rw, rl = (REWARDS[config.loss](y, config) for y in (yw, yl))
+        rw, rl = REWARDS[config.loss](s, n, a, s_ref, config)
         logps = a if config.loss in LENGTH_NORMALISED else s
         tokens = n.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
         columns = [losses, rw, rl, rw - rl, rw > rl, *logps, *a, tokens]
@@ -486,11 +476,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
             row |= {"pairs_per_second": len(done) / seconds, "peak_memory_gib": peak_memory_gib()}
             row["tokens_per_second"] = done[:, -1].sum().item() / seconds
             log(row)
-            shown = (
-                "loss {loss:.3f}, accuracy {rewards/accuracies:.2f}, margin {rewards/margins:.2f}"
-            )
-            shown += ", lr {lr:.1e}, {tokens_per_second:.0f} tokens/s"
-            bar.set_postfix_str(shown.format(**row))
+            bar.set_postfix({name.split("/")[-1]: f"{row[name]:.3g}" for name in SHOWN})
             window, since = [], time.perf_counter()
         if config.eval_every and step % config.eval_every == 0 and step < steps:
             paused = time.perf_counter()
@@ -503,8 +489,8 @@ def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
     """Print the first pairs as the model sees them: the prompt, and what is scored in colour."""
     table = score(policy, pairs, range(min(config.inspect, len(pairs))), reference, config)
     for metrics, pair in zip(table.tolist(), pairs):
-        print(f"\nrow {pair['row']}, prompt of {len(pair['prompt_ids'])} tokens:")
-        print(tokenizer.decode(pair["prompt_ids"]))
+        prompt = pair["prompt_ids"]
+        print(f"\nrow {pair['row']}, prompt of {len(prompt)} tokens:\n{tokenizer.decode(prompt)}")
         for i, (side, colour) in enumerate((("chosen", "\033[32m"), ("rejected", "\033[31m"))):
             ids, average, reward = pair[f"{side}_ids"], metrics[7 + i], metrics[1 + i]
             start, end = (colour, "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
@@ -525,10 +511,8 @@ def build_demo(config: Config) -> tuple:
     rows = [{"prompt": w + "=", "chosen": "".join(sorted(w)), "rejected": w[::-1]} for w in words]
     pairs = [tokenize_pair(row, tokenizer, 64, 32) for row in rows]
     pairs = [pair | {"row": i} for i, pair in enumerate(pairs, 1) if pair]
-    shape = dict(
-        zip(("vocab_size", "hidden_size", "intermediate_size"), (len(tokenizer), 128, 256))
-    )
-    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 3}
+    shape |= {"intermediate_size": 256, "num_attention_heads": 4, "pad_token_id": 0}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, eos_token_id=1))
     policy, steps = ResponseLogps(llama.to(DEVICE).eval()), 900
     optimizer = torch.optim.AdamW(policy.parameters(), 2e-3)
@@ -571,11 +555,10 @@ def main(argv: list[str] | None = None) -> dict:
             tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         if RANK > 0:  # rank 0 tokenizes, the others read what it has cached
             dist.barrier()
-        load = partial(load_pairs, tokenizer=tokenizer, config=config)
-        pairs, counts = load("dataset", config.dataset, config.train_split)
+        pairs, counts = load_pairs("dataset", config.dataset, config.train_split, tokenizer, config)
         if config.eval_dataset or config.eval_split:
             source = config.eval_dataset or config.dataset
-            held_out, _ = load("eval_dataset", source, config.eval_split)
+            held_out, _ = load_pairs("eval_dataset", source, config.eval_split, tokenizer, config)
         if RANK == 0 and WORLD_SIZE > 1:
             dist.barrier()
         policy = load_policy("model", config.model, config)
@@ -629,10 +612,12 @@ def main(argv: list[str] | None = None) -> dict:
     if RANK == 0:
         policy.model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    names = ("loss", "rewards/accuracies", "rewards/margins", "chosen_drift", "judge_win_rate")
-    shown = [x for x in names if f"eval/{x}" in after]
-    shown = [f"{x} {before[f'eval/{x}']:.3f} -> {after[f'eval/{x}']:.3f}" for x in shown]
-    print(f"held out     {', '.join(shown) or 'no pairs given'} ({len(held_out)} pairs)")
+    if WORLD_SIZE > 1:
+        dist.barrier()  # nobody leaves before the model is on the disk
+        dist.destroy_process_group()
+    keys = [x for x in after if x[5:] in (*SHOWN, "chosen_drift", "judge_win_rate")]
+    changes = [f"{x.split('/')[-1]} {before[x]:.3f} -> {after[x]:.3f}" for x in keys]
+    print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"model        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
     return after
