@@ -31,7 +31,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
@@ -41,7 +40,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -119,11 +117,11 @@ class ResponseLogps(nn.Module):
         backbone = self.model.base_model  # all below the language-model head
         hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
         hidden = hidden.flatten(0, 1)[logit_index]  # [R, T, D] -> [N, D]
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         chunks = zip(hidden.split(self.chunk), target_ids.split(self.chunk))
-        logps = torch.cat([again(self.token_logps, h, y) for h, y in chunks])  # [N]
-        sums = torch.zeros(len(lengths), device=logps.device)  # [2B]
-        return sums.index_add(0, response_index, logps), lengths
+        logps = [torch.utils.checkpoint.checkpoint(self.token_logps, *c, **options) for c in chunks]
+        sums = torch.zeros(len(lengths), device=hidden.device)  # [2B]
+        return sums.index_add(0, response_index, torch.cat(logps)), lengths
 
 
 # ------------------------------------------------------------------------------ data
@@ -132,8 +130,7 @@ class UserError(Exception):
 
 
 def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
-    """A row in any format -> its prompt, messages or a text, and the answers' texts; None where
-    they are answers to different prompts."""
+    """A row in any format -> its prompt, messages or text, and answers; None if it has no such."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     for name, value in {"chosen": chosen, "rejected": rejected, "prompt": prompt or ""}.items():
         texts = [m.get("content") for m in value] if isinstance(value, list) else [value]
@@ -144,8 +141,6 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
     if isinstance(chosen, str):  # hh-rlhf: each side is a dialogue that ends in an answer
         head, mark, chosen = chosen.rpartition("\n\nAssistant:")
         other, _, rejected = rejected.rpartition("\n\nAssistant:")
-        if not mark:
-            raise UserError("there is no 'prompt', nor a '\\n\\nAssistant:' where one would end")
         return (head + mark, chosen, rejected) if head == other else None
     if isinstance(prompt, str) and len(chosen) == 1:
         prompt = [{"role": "user", "content": prompt}]
@@ -246,7 +241,7 @@ def blame(what: str, source: str | None = None):
         raise UserError(f"{what}: {why.splitlines()[0]}{hint}") from e
 
 
-def load_pairs(name: str, source: str, split: str, tokenizer, config) -> tuple:
+def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
     """A hub id, file or save_to_disk folder -> its usable pairs, each with its "row" from 1 up,
     and how many others were dropped or truncated."""
     import datasets  # here, so that all the rest works without it
@@ -260,6 +255,7 @@ def load_pairs(name: str, source: str, split: str, tokenizer, config) -> tuple:
 
     datasets.logging.set_verbosity(100)  # what it would log, it also raises
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    source = getattr(config, name) or config.dataset
     path, split = Path(source), split or "train"
     with blame(f"--{name} {source}", source):
         for number, line in enumerate(path.open() if path.suffix == ".jsonl" else [], 1):
@@ -326,42 +322,42 @@ class Config:
 def parse_config(argv: list[str] | None) -> Config:
     """The command line, checked, with what depends on other flags filled in."""
 
-    def error(message: str):
-        raise UserError(message)
-
-    parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False)
-    parser.error = error  # one line, not forty of usage
+    parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False, exit_on_error=False)
     for f in fields(Config):
         kind, text = get_args(f.type)
         (kind, *_) = get_args(kind) or (kind,)  # of float | None
         how = {"action": "store_true"} if kind is bool else {"type": kind}
         text += f" ({f.default})" if f.default else ""
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
-    c = Config(**vars(parser.parse_args(argv)))
-    if not c.model and not c.dataset:
+    with blame("command line"):
+        flags, unknown = parser.parse_known_args(argv)
+    if not flags.model and not flags.dataset:
         parser.set_defaults(**DEMO, overwrite=True)
-        c = Config(**vars(parser.parse_args(argv)))
+        flags, unknown = parser.parse_known_args(argv)
+    c = Config(**vars(flags))
     c.beta = DEFAULT_BETA.get(c.loss, 1.0) if c.beta is None else c.beta
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
-    most = 4 if c.model else c.batch_size  # the demo's pairs are short
-    c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, most)
+    c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
     taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
     positive = ("beta", "lr", "batch_size", "micro_batch_size", "epochs", "max_length", "log_every")
-    parts = f"{WORLD_SIZE} processes x {c.micro_batch_size}"
-    whole = c.batch_size % (WORLD_SIZE * max(c.micro_batch_size, 1)) == 0
+    parts, width = f"{WORLD_SIZE} x {c.micro_batch_size}", WORLD_SIZE * (c.micro_batch_size or 1)
     for holds, message in (
+        (not unknown, f"{' '.join(unknown)}: there is no such flag"),
         (bool(c.model) == bool(c.dataset), "--model needs --dataset, and the other way round"),
         (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
         (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
         *((getattr(c, x) > 0, f"--{x} {getattr(c, x)} is not above 0") for x in positive),
         (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
-        (whole, f"--batch_size {c.batch_size} is not a multiple of {parts} pairs"),
+        (
+            c.batch_size % width == 0,
+            f"--batch_size {c.batch_size} must divide by {parts} (processes)",
+        ),
         (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (not taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
     ):
         if not holds:
-            error(message)
+            raise UserError(message)
     if c.loss == "simpo" and c.gamma > c.beta:
         print(f"warning: gamma/beta is {c.gamma / c.beta:.2f}; the paper tuned it from 0 to 1")
     return c
@@ -400,16 +396,13 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
 # ------------------------------------------------------------------------------ training
 METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
 METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "lr", "tokens_per_second")  # in the bar
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "chosen_drift", "judge_win_rate", "lr")
 
 
 def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
-    """METRICS of the pairs at `indices`, [B, K], computed by all processes together.
-
-    reference [all pairs, 2]: logps under the reference; None where there is none. backward=True
-    leaves in .grad the mean loss's gradient, whatever the micro-batch size and number of processes.
-    """
-    reference = torch.zeros(len(pairs), 2) if reference is None else reference
+    """METRICS of the pairs at `indices`, [B, K], computed by all processes together. reference:
+    logps of all pairs, [., 2]. backward=True leaves the gradient of the mean loss in .grad; how the
+    pairs are cut into micro-batches and processes changes nothing."""
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
@@ -422,7 +415,7 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
         with torch.set_grad_enabled(backward):
             with torch.autocast(DEVICE.type, torch.bfloat16, config.dtype == "bf16"):
                 s, n = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
-            a, s_ref = s / n, reference[[indices[i] for i in mine]].T.to(DEVICE)
+            a, s_ref = s / n, reference[[indices[i] for i in mine]].T.to(DEVICE, torch.float32)
             losses = OBJECTIVES[config.loss](s, n, a, s_ref, config)
             if backward:  # DDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
@@ -444,9 +437,10 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     if WORLD_SIZE > 1:
         policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    per_epoch, bar = math.ceil(len(pairs) / config.batch_size), tqdm(total=steps, disable=RANK > 0)
-    window, skipped, since = [], 0, time.perf_counter()
-    for step in range(1, steps + 1):
+    per_epoch, skipped = math.ceil(len(pairs) / config.batch_size), 0
+    bar = tqdm(range(1, steps + 1), disable=RANK > 0)
+    for step in bar:
+        started = time.perf_counter()
         epoch, k = divmod(step - 1, per_epoch)
         if k == 0:  # every epoch has its own order, the same on every process
             shuffle = torch.Generator().manual_seed(config.seed + epoch)
@@ -455,34 +449,28 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
         table = score(policy, pairs, batch, reference, config, backward=True)
         norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf).item()
         bad = [i for i, loss in zip(batch, table[:, 0].tolist()) if not math.isfinite(loss)]
-        if math.isfinite(norm) and not bad:
-            optimizer.step()
-            window, skipped = [*window, table], 0
-        else:  # such a step would turn every weight into NaN
-            rows, skipped = [pairs[i]["row"] for i in bad or batch], skipped + 1
+        skipped = skipped + 1 if bad or not math.isfinite(norm) else 0
+        if skipped:  # such a step would turn every weight into NaN
+            rows = [pairs[i]["row"] for i in bad or batch]
             log({"step": step, "skipped_rows": rows})
             print(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
-            if skipped == 10:
-                bar.close()
-                raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
+        else:
+            optimizer.step()
+        if skipped == 10:
+            bar.close()
+            raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         optimizer.zero_grad()
         schedule.step()
-        bar.update()
-        if window and (step % config.log_every == 0 or step == steps):
-            seconds, done = time.perf_counter() - since, torch.cat(window)
-            row = {"step": step, "epoch": step / per_epoch}
-            row |= zip(METRICS[:7], done.mean(0).tolist())
-            row |= {"grad_norm": norm, "lr": lr, "step_seconds": seconds / len(window)}
-            row |= {"pairs_per_second": len(done) / seconds, "peak_memory_gib": peak_memory_gib()}
-            row["tokens_per_second"] = done[:, -1].sum().item() / seconds
-            log(row)
-            bar.set_postfix({name.split("/")[-1]: f"{row[name]:.3g}" for name in SHOWN})
-            window, since = [], time.perf_counter()
+        if not skipped and (step % config.log_every == 0 or step == steps):
+            seconds = time.perf_counter() - started
+            row = {"step": step, "epoch": step / per_epoch, "grad_norm": norm, "lr": lr}
+            row |= zip(METRICS[:7], table.mean(0).tolist())
+            row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
+            row |= {"tokens_per_second": table[:, -1].sum().item() / seconds}
+            log(row | {"peak_memory_gib": peak_memory_gib()})
+            bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in SHOWN if x in row})
         if config.eval_every and step % config.eval_every == 0 and step < steps:
-            paused = time.perf_counter()
             evaluate(step)
-            since += time.perf_counter() - paused
-    bar.close()
 
 
 def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
@@ -546,7 +534,7 @@ def main(argv: list[str] | None = None) -> dict:
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group(timeout=timedelta(hours=1))
+        dist.init_process_group()
     if config.model is None:
         print("This is a demo; --model and --dataset, hub ids or local paths, train a real model")
         tokenizer, policy, pairs, held_out = build_demo(config)
@@ -555,18 +543,18 @@ def main(argv: list[str] | None = None) -> dict:
             tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         if RANK > 0:  # rank 0 tokenizes, the others read what it has cached
             dist.barrier()
-        pairs, counts = load_pairs("dataset", config.dataset, config.train_split, tokenizer, config)
+        pairs, counts = load_pairs("dataset", config.train_split, tokenizer, config)
         if config.eval_dataset or config.eval_split:
-            source = config.eval_dataset or config.dataset
-            held_out, _ = load_pairs("eval_dataset", source, config.eval_split, tokenizer, config)
+            held_out, _ = load_pairs("eval_dataset", config.eval_split, tokenizer, config)
         if RANK == 0 and WORLD_SIZE > 1:
             dist.barrier()
         policy = load_policy("model", config.model, config)
-    references = [None, None]
+    references = [torch.zeros(len(data), 2) for data in (pairs, held_out)]
     if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
         scorer = load_policy("ref_model", config.ref_model, config) if config.ref_model else policy
-        tables = [score(scorer, x, range(len(x)), None, config) for x in (pairs, held_out)]
-        references, scorer = [table[:, 5:7].float() for table in tables], None
+        for i, data in enumerate((pairs, held_out)):
+            references[i] = score(scorer, data, range(len(data)), references[i], config)[:, 5:7]
+        del scorer
     if config.inspect:
         return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
@@ -615,8 +603,7 @@ def main(argv: list[str] | None = None) -> dict:
     if WORLD_SIZE > 1:
         dist.barrier()  # nobody leaves before the model is on the disk
         dist.destroy_process_group()
-    keys = [x for x in after if x[5:] in (*SHOWN, "chosen_drift", "judge_win_rate")]
-    changes = [f"{x.split('/')[-1]} {before[x]:.3f} -> {after[x]:.3f}" for x in keys]
+    changes = [f"{x[5:]} {before[x]:.3f} -> {after[x]:.3f}" for x in after if x[5:] in SHOWN]
     print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"model        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
