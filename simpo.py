@@ -10,10 +10,9 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 
 Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabulary, D hidden.
 
-Departures from the paper:
+Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO (3 to 7):
  1. Compute is bf16 over fp32 weights (autocast); log-softmax, sums and losses are fp32.
  2. A prompt above --max_prompt_length loses its middle, not the template's opening or its end.
-Departures from the authors' code, princeton-nlp/SimPO:
  3. --gamma is the paper's gamma; the official gamma_beta_ratio is gamma / beta.
  4. An answer is scored from after the assistant header to one end-of-turn token, and no further.
  5. Each answer is cut by itself to the room its prompt leaves; a cut one has no end of turn.
@@ -36,7 +35,6 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
@@ -109,7 +107,6 @@ class ResponseLogps(nn.Module):
         self, input_ids, position_ids, logit_index, target_ids, response_index, lengths
     ) -> tuple[Tensor, Tensor]:
         """What `collate` makes of B pairs -> logps [2B], fp32, in nats, and lengths [2B].
-
         logps[i] = sum_t log pi(y_t | x, y_<t) of answer i, the B chosen ones first. Only hidden
         states that predict an answer's token meet the head, a chunk at a time, and backward
         computes the chunk's logits anew: [R, T, V] logits never exist.
@@ -242,18 +239,17 @@ def blame(what: str, source: str | None = None):
 
 
 def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
-    """A hub id, file or save_to_disk folder -> its usable pairs, each with its "row" from 1 up,
-    and how many others were dropped or truncated."""
+    """A flag's hub id, file or folder -> its usable pairs, "row" counted from 1, and what is lost."""
     import datasets  # here, so that all the rest works without it
 
     def encode(row: dict, index: int) -> dict:
-        nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
         limits = config.max_length, config.max_prompt_length
         with blame(f"row {index + 1}"):
             pair = tokenize_pair(row, tokenizer, *limits, lambda why: nothing | {"dropped": why})
         return {"row": index + 1, "dropped": "", **pair}
 
     datasets.logging.set_verbosity(100)  # what it would log, it also raises
+    nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     source = getattr(config, name) or config.dataset
     path, split = Path(source), split or "train"
@@ -278,8 +274,8 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
         why = ", ".join(f"{dropped.count(x)} for {x}" for x in sorted({*dropped} - {""}))
         if not len(kept):
             raise UserError(f"none of {len(rows)} pairs is left: {why}")
-    lost, cut, ids = len(rows) - len(kept), sum(kept["truncated"]), ("prompt", "chosen", "rejected")
-    mean = [f"{key} {sum(map(len, kept[f'{key}_ids'])) / len(kept):.0f}" for key in ids]
+    lost, cut = len(rows) - len(kept), sum(kept["truncated"])
+    mean = [f"{x[:-4]} {sum(map(len, kept[x])) / len(kept):.0f}" for x in nothing if "_ids" in x]
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
     print(f"{'':13}{cut} truncated; mean tokens: {', '.join(mean)}")
     return kept, {"dropped_pairs": lost, "truncated_pairs": cut}
@@ -321,7 +317,6 @@ class Config:
 
 def parse_config(argv: list[str] | None) -> Config:
     """The command line, checked, with what depends on other flags filled in."""
-
     parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False, exit_on_error=False)
     for f in fields(Config):
         kind, text = get_args(f.type)
@@ -341,7 +336,8 @@ def parse_config(argv: list[str] | None) -> Config:
     c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
     taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
     positive = ("beta", "lr", "batch_size", "micro_batch_size", "epochs", "max_length", "log_every")
-    parts, width = f"{WORLD_SIZE} x {c.micro_batch_size}", WORLD_SIZE * (c.micro_batch_size or 1)
+    parts = f"{WORLD_SIZE} processes x {c.micro_batch_size} pairs"
+    whole = c.batch_size % (WORLD_SIZE * c.micro_batch_size or 1) == 0
     for holds, message in (
         (not unknown, f"{' '.join(unknown)}: there is no such flag"),
         (bool(c.model) == bool(c.dataset), "--model needs --dataset, and the other way round"),
@@ -349,10 +345,7 @@ def parse_config(argv: list[str] | None) -> Config:
         (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
         *((getattr(c, x) > 0, f"--{x} {getattr(c, x)} is not above 0") for x in positive),
         (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
-        (
-            c.batch_size % width == 0,
-            f"--batch_size {c.batch_size} must divide by {parts} (processes)",
-        ),
+        (whole, f"--batch_size {c.batch_size} is no multiple of {parts}"),
         (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (not taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
     ):
@@ -367,6 +360,10 @@ def parse_config(argv: list[str] | None) -> Config:
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets the three
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
+METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
+SHOWN = "loss rewards/accuracies rewards/margins chosen_drift judge_win_rate lr tokens_per_second"
+DEMO = {"lr": 4e-5, "batch_size": 32, "max_steps": 60, "output_dir": "simpo_demo"}
 
 
 def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on a CPU
@@ -380,12 +377,11 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
     with blame(f"--{name} {source}", source):
         model = load(source, dtype=torch.float32).to(DEVICE)
         policy = ResponseLogps(model.eval())  # eval, in training too: no dropout
-        with torch.no_grad():  # some models scale their logits outside the head
-            ids = torch.arange(3, device=DEVICE)
-            right = F.cross_entropy(model(ids[None]).logits[0], ids, reduction="none")
-            logps = policy.token_logps(model.base_model(ids[None])[0][0], ids)
-            if not torch.allclose(-logps, right, rtol=1e-3):
-                raise UserError(f"{type(model).__name__} changes its logits after the head")
+        ids = torch.arange(3, device=DEVICE)  # some models scale their logits outside the head:
+        right = model(ids[None]).logits[0].log_softmax(-1).diagonal()
+        hidden = model.base_model(ids[None])[0][0]
+        if not policy.token_logps(hidden, ids).allclose(right, rtol=1e-3):
+            raise UserError(f"{type(model).__name__} changes its logits after the head")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.modules():  # just these read .training for it: dropout stays off
@@ -394,15 +390,9 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
 
 
 # ------------------------------------------------------------------------------ training
-METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
-METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "chosen_drift", "judge_win_rate", "lr")
-
-
 def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
-    """METRICS of the pairs at `indices`, [B, K], computed by all processes together. reference:
-    logps of all pairs, [., 2]. backward=True leaves the gradient of the mean loss in .grad; how the
-    pairs are cut into micro-batches and processes changes nothing."""
+    """METRICS of the pairs at `indices`, [B, K], by all processes together; reference: logps of all
+    pairs, [., 2]. With backward=True the gradient of the mean loss, however it was cut, in .grad."""
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
@@ -425,7 +415,7 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
         columns = [losses, rw, rl, rw - rl, rw > rl, *logps, *a, tokens]
         table[mine] = weight * torch.stack([x.detach().double() for x in columns], dim=1)
     if WORLD_SIZE > 1:
-        dist.all_reduce(table)
+        torch.distributed.all_reduce(table)
     return table.cpu()
 
 
@@ -468,7 +458,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
             row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
             row |= {"tokens_per_second": table[:, -1].sum().item() / seconds}
             log(row | {"peak_memory_gib": peak_memory_gib()})
-            bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in SHOWN if x in row})
+            bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in SHOWN.split() if x in row})
         if config.eval_every and step % config.eval_every == 0 and step < steps:
             evaluate(step)
 
@@ -477,8 +467,8 @@ def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
     """Print the first pairs as the model sees them: the prompt, and what is scored in colour."""
     table = score(policy, pairs, range(min(config.inspect, len(pairs))), reference, config)
     for metrics, pair in zip(table.tolist(), pairs):
-        prompt = pair["prompt_ids"]
-        print(f"\nrow {pair['row']}, prompt of {len(prompt)} tokens:\n{tokenizer.decode(prompt)}")
+        print(f"\nrow {pair['row']}, prompt of {len(pair['prompt_ids'])} tokens:")
+        print(tokenizer.decode(pair["prompt_ids"]))
         for i, (side, colour) in enumerate((("chosen", "\033[32m"), ("rejected", "\033[31m"))):
             ids, average, reward = pair[f"{side}_ids"], metrics[7 + i], metrics[1 + i]
             start, end = (colour, "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
@@ -487,22 +477,19 @@ def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
 
 
 # ------------------------------------------------------------------------------ demo
-DEMO = {"lr": 4e-5, "batch_size": 32, "max_steps": 60, "output_dir": "simpo_demo"}
-
-
 def build_demo(config: Config) -> tuple:
-    """A tokenizer; a tiny Llama, fitted to answer a word half of the time with its letters sorted,
-    the chosen answer, half of the time with it reversed; pairs to train on, and held-out ones."""
+    """A tiny Llama that half of the time sorts (chosen), half reverses (rejected) a word's letters."""
     torch.manual_seed(config.seed)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)  # bytes: nothing to download
-    words = dict.fromkeys(bytes(w).decode() for w in torch.randint(97, 123, (4000, 5)).tolist())
+    letters = 97 + torch.rand(6000, 26).argsort(1)[:, :5]  # five different ones
+    words = dict.fromkeys(bytes(word).decode() for word in letters.tolist())
     rows = [{"prompt": w + "=", "chosen": "".join(sorted(w)), "rejected": w[::-1]} for w in words]
     pairs = [tokenize_pair(row, tokenizer, 64, 32) for row in rows]
     pairs = [pair | {"row": i} for i, pair in enumerate(pairs, 1) if pair]
     shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 3}
     shape |= {"intermediate_size": 256, "num_attention_heads": 4, "pad_token_id": 0}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, eos_token_id=1))
-    policy, steps = ResponseLogps(llama.to(DEVICE).eval()), 900
+    policy, steps = ResponseLogps(llama.to(DEVICE).eval()), 1400
     optimizer = torch.optim.AdamW(policy.parameters(), 2e-3)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
     for _ in tqdm(range(steps), "fitting the demo's model", leave=False, disable=RANK > 0):
@@ -515,7 +502,6 @@ def build_demo(config: Config) -> tuple:
     return tokenizer, policy, pairs[200:], pairs[:200]
 
 
-@torch.no_grad()
 def win_rate(model, pairs) -> float:
     """The share of the demo's prompts that the model, sampling, answers exactly as it should."""
     torch.manual_seed(0)
@@ -525,7 +511,6 @@ def win_rate(model, pairs) -> float:
     return sum(a == pair["chosen_ids"] for a, pair in zip(answers, pairs)) / len(pairs)
 
 
-# ------------------------------------------------------------------------------ main
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; -> the metrics of the last evaluation."""
     sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
@@ -533,8 +518,8 @@ def main(argv: list[str] | None = None) -> dict:
     config, counts, held_out, start = parse_config(argv), {}, [], {}
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group()
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()
     if config.model is None:
         print("This is a demo; --model and --dataset, hub ids or local paths, train a real model")
         tokenizer, policy, pairs, held_out = build_demo(config)
@@ -542,12 +527,12 @@ def main(argv: list[str] | None = None) -> dict:
         with blame(f"--model {config.model}", config.model):
             tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         if RANK > 0:  # rank 0 tokenizes, the others read what it has cached
-            dist.barrier()
+            torch.distributed.barrier()
         pairs, counts = load_pairs("dataset", config.train_split, tokenizer, config)
         if config.eval_dataset or config.eval_split:
             held_out, _ = load_pairs("eval_dataset", config.eval_split, tokenizer, config)
         if RANK == 0 and WORLD_SIZE > 1:
-            dist.barrier()
+            torch.distributed.barrier()
         policy = load_policy("model", config.model, config)
     references = [torch.zeros(len(data), 2) for data in (pairs, held_out)]
     if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
@@ -560,7 +545,7 @@ def main(argv: list[str] | None = None) -> dict:
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
     steps, micro = config.max_steps or per_epoch * config.epochs, config.micro_batch_size
     passes, size = config.batch_size // WORLD_SIZE // micro, policy.model.num_parameters()
-    print(f"model        {size:,} fp32 parameters, {config.dtype} compute on {DEVICE.type}")
+    print(f"model        {size:,} parameters in fp32, {config.dtype} compute ({DEVICE.type})")
     print(f"batch        {config.batch_size} pairs = {WORLD_SIZE} processes x {passes} x {micro}")
     print(f"steps        {steps}, {per_epoch} an epoch; {config.loss}, beta {config.beta}")
     status, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
@@ -589,8 +574,7 @@ def main(argv: list[str] | None = None) -> dict:
         *means, average, _, _ = table.mean(0).tolist()
         row = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
         row["eval/chosen_drift"] = average - start.setdefault("average", average)
-        if config.model is None:
-            row["eval/judge_win_rate"] = win_rate(policy.model, held_out)
+        row |= {} if config.model else {"eval/judge_win_rate": win_rate(policy.model, held_out)}
         log({"step": step} | row)
         return row
 
@@ -601,9 +585,11 @@ def main(argv: list[str] | None = None) -> dict:
         policy.model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     if WORLD_SIZE > 1:
-        dist.barrier()  # nobody leaves before the model is on the disk
-        dist.destroy_process_group()
-    changes = [f"{x[5:]} {before[x]:.3f} -> {after[x]:.3f}" for x in after if x[5:] in SHOWN]
+        torch.distributed.barrier()  # nobody leaves before the model is on the disk
+        torch.distributed.destroy_process_group()
+    changes = [
+        f"{x[5:]} {before[x]:.3f} -> {after[x]:.3f}" for x in after if x[5:] in SHOWN.split()
+    ]
     print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"model        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
