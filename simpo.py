@@ -12,7 +12,7 @@ Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabu
 
 Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO (3 to 7):
  1. Compute is bf16 over fp32 weights (autocast); log-softmax, sums and losses are fp32.
- 2. A prompt above --max_prompt_length loses its middle, not the template's opening or its end.
+ 2. A prompt above --max_prompt_length loses what follows the template's opening, not its end.
  3. --gamma is the paper's gamma; the official gamma_beta_ratio is gamma / beta.
  4. An answer is scored from after the assistant header to one end-of-turn token, and no further.
  5. Each answer is cut by itself to the room its prompt leaves; a cut one has no end of turn.
@@ -46,7 +46,6 @@ def simpo_loss(
     chosen_avg_logps: Tensor, rejected_avg_logps: Tensor, beta=2.5, gamma=1.4, label_smoothing=0.0
 ) -> Tensor:
     """SimPO's loss of each pair, [B] (arXiv:2405.14734, Eq. 6). There is no reference model.
-
     *_avg_logps [B]: log pi(y|x) / |y|, in nats per token. beta > 0 makes rewards of them; gamma >= 0:
     the margin of reward by which the chosen answer must win; label_smoothing in [0, 0.5]: how
     likely it is that a pair's two answers were swapped.
@@ -64,7 +63,6 @@ def dpo_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7).
-
     *_logps [B]: log pi(y|x), in nats, summed over the answer; ref_*: the reference's. beta > 0,
     0.1 in the DPO paper. label_smoothing as in simpo_loss.
     """
@@ -130,9 +128,12 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
     """A row in any format -> its prompt, messages or text, and answers; None if it has no such."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     for name, value in {"chosen": chosen, "rejected": rejected, "prompt": prompt or ""}.items():
-        texts = [m.get("content") for m in value] if isinstance(value, list) else [value]
+        messages = value if isinstance(value, list) else [{"role": "text", "content": value}]
+        texts = [isinstance(m, dict) and m.get("role") and m.get("content", 0) for m in messages]
         if not all(isinstance(text, str) for text in texts) or type(chosen) is not type(rejected):
-            raise UserError(f"{name!r} is {value!r:.60}, neither a text nor a list of messages")
+            raise UserError(
+                f"{name!r} is {value!r:.70}, not a text or messages of role and content"
+            )
     if isinstance(chosen, str) and prompt is not None:
         return prompt, chosen, rejected
     if isinstance(chosen, str):  # hh-rlhf: each side is a dialogue that ends in an answer
@@ -176,7 +177,7 @@ def tokenize_pair(
     """
     prompt, *answers = split_row(row) or (None,)
     if not prompt or not all(answer.strip() for answer in answers):
-        return drop("an empty answer" if prompt else "no common prompt")
+        return drop("an empty answer" if prompt else "no prompt, or two different ones")
     encode, start = partial(tokenizer.encode, add_special_tokens=False), []
     if isinstance(prompt, list):
         text, other, answers = render_pair(prompt, answers, tokenizer)
@@ -233,32 +234,41 @@ def blame(what: str, source: str | None = None):
     try:
         yield
     except Exception as e:
-        why = f"{e if isinstance(e, UserError) else e.__cause__ or e}".strip() or "it is empty"
-        hint = "" if source is None or os.path.exists(source) else " (no local path, nor on a hub)"
+        ours = type(e).__name__ in ("UserError", "FileNotFoundError")  # by name: of a worker, too
+        why = f"{e if ours else e.__cause__ or e}".strip() or "it is empty"
+        local = ours or source is None or os.path.exists(source)
+        hint = "" if local else " (without a network, pass a local file or folder)"
         raise UserError(f"{what}: {why.splitlines()[0]}{hint}") from e
 
 
 def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
     """A flag's hub id, file or folder -> its usable pairs, "row" counted from 1, and what is lost."""
-    import datasets  # here, so that all the rest works without it
+
+    limits = config.max_length, config.max_prompt_length  # not config: its lr would spoil the cache
+    empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
 
     def encode(row: dict, index: int) -> dict:
-        limits = config.max_length, config.max_prompt_length
         with blame(f"row {index + 1}"):
-            pair = tokenize_pair(row, tokenizer, *limits, lambda why: nothing | {"dropped": why})
+            pair = tokenize_pair(row, tokenizer, *limits, lambda why: empty | {"dropped": why})
         return {"row": index + 1, "dropped": "", **pair}
 
+    import datasets  # here, so that all the rest works without it
+
     datasets.logging.set_verbosity(100)  # what it would log, it also raises
-    nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     source = getattr(config, name) or config.dataset
     path, split = Path(source), split or "train"
-    with blame(f"--{name} {source}", source):
+    with blame(f"--{name} {source} [{split}]", source):
         for number, line in enumerate(path.open() if path.suffix == ".jsonl" else [], 1):
             with blame(f"line {number}"):
-                json.loads(line)  # the library would not say where it fails
+                json.loads(line.strip() or "{}")  # the library would not say where it fails
         if kind := kinds.get(path.suffix):
-            rows = datasets.load_dataset(kind, data_files=str(path.resolve(True)), split=split)
+            text = dict.fromkeys(
+                ("prompt", "chosen", "rejected"), str
+            )  # "4,5" and "None" are answers
+            options = {"keep_default_na": False, "converters": text} if kind == "csv" else {}
+            options["data_files"] = str(path.resolve(strict=True))
+            rows = datasets.load_dataset(kind, split=split, **options)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(source)  # of save_to_disk
             rows = rows[split] if isinstance(rows, dict) else rows
@@ -268,6 +278,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
             raise UserError(f"no column {sorted(missing)}; its columns are {rows.column_names}")
         options = {"remove_columns": rows.column_names, "desc": "tokenizing"}
         options["num_proc"] = min(os.cpu_count() or 1, len(rows) // 500) or None
+        options["load_from_cache_file"] = __name__ == "__main__"  # it'd miss edits of an import
         pairs = rows.map(encode, with_indices=True, **options)
         dropped = list(pairs["dropped"])  # reasons, "" for the pairs that are kept
         kept = pairs.select([i for i, reason in enumerate(dropped) if not reason])
@@ -275,7 +286,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
         if not len(kept):
             raise UserError(f"none of {len(rows)} pairs is left: {why}")
     lost, cut = len(rows) - len(kept), sum(kept["truncated"])
-    mean = [f"{x[:-4]} {sum(map(len, kept[x])) / len(kept):.0f}" for x in nothing if "_ids" in x]
+    mean = [f"{x[:-4]} {sum(map(len, kept[x])) / len(kept):.0f}" for x in empty if "_ids" in x]
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
     print(f"{'':13}{cut} truncated; mean tokens: {', '.join(mean)}")
     return kept, {"dropped_pairs": lost, "truncated_pairs": cut}
@@ -298,11 +309,11 @@ class Config:
     batch_size: Annotated[int, "pairs per optimizer step, over all processes"] = 128
     micro_batch_size: Annotated[int | None, "pairs per pass of a process; unset: up to 4"] = None
     epochs: Annotated[int, "passes over the pairs"] = 1
-    max_steps: Annotated[int | None, "optimizer steps; unset: as --epochs says"] = None
+    max_steps: Annotated[int, "optimizer steps; 0: as --epochs says"] = 0
     max_length: Annotated[int, "tokens of a prompt and an answer"] = 2048
     max_prompt_length: Annotated[int | None, "of these, the prompt's; unset: 1800 in 2048"] = None
     warmup_ratio: Annotated[float, "share of the steps in which the learning rate rises"] = 0.1
-    weight_decay: Annotated[float, "AdamW's"] = 0.0
+    weight_decay: Annotated[float, "AdamW's weight decay"] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: never"] = 1.0
     gradient_checkpointing: Annotated[bool, "keep fewer activations, compute them twice"] = False
     seed: Annotated[int, "of the order of pairs"] = 0
@@ -320,22 +331,24 @@ def parse_config(argv: list[str] | None) -> Config:
     parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False, exit_on_error=False)
     for f in fields(Config):
         kind, text = get_args(f.type)
-        (kind, *_) = get_args(kind) or (kind,)  # of float | None
+        (kind, *_) = get_args(kind) or (kind,)  # float | None -> float
         how = {"action": "store_true"} if kind is bool else {"type": kind}
-        text += f" ({f.default})" if f.default else ""
+        text += "" if f.default is None or kind is bool else f" ({f.default})"
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
     with blame("command line"):
         flags, unknown = parser.parse_known_args(argv)
     if not flags.model and not flags.dataset:
-        parser.set_defaults(**DEMO, overwrite=True)
+        parser.set_defaults(**DEMO)
         flags, unknown = parser.parse_known_args(argv)
     c = Config(**vars(flags))
     c.beta = DEFAULT_BETA.get(c.loss, 1.0) if c.beta is None else c.beta
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
     c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
-    taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
+    free = c.overwrite or c.inspect or not (c.model or c.output_dir != DEMO["output_dir"])
+    taken = not free and (Path(c.output_dir) / "config.json").exists()
     positive = ("beta", "lr", "batch_size", "micro_batch_size", "epochs", "max_length", "log_every")
+    at_least_0 = ("gamma", "max_steps", "warmup_ratio", "eval_every", "inspect", "weight_decay")
     parts = f"{WORLD_SIZE} processes x {c.micro_batch_size} pairs"
     whole = c.batch_size % (WORLD_SIZE * c.micro_batch_size or 1) == 0
     for holds, message in (
@@ -344,6 +357,7 @@ def parse_config(argv: list[str] | None) -> Config:
         (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
         (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
         *((getattr(c, x) > 0, f"--{x} {getattr(c, x)} is not above 0") for x in positive),
+        *((getattr(c, x) >= 0, f"--{x} {getattr(c, x)} is below 0") for x in at_least_0),
         (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (whole, f"--batch_size {c.batch_size} is no multiple of {parts}"),
         (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
@@ -377,8 +391,8 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
     with blame(f"--{name} {source}", source):
         model = load(source, dtype=torch.float32).to(DEVICE)
         policy = ResponseLogps(model.eval())  # eval, in training too: no dropout
-        ids = torch.arange(3, device=DEVICE)  # some models scale their logits outside the head:
-        right = model(ids[None]).logits[0].log_softmax(-1).diagonal()
+        ids = torch.arange(3, device=DEVICE)  # some models scale their logits outside the head, so
+        right = model(ids[None]).logits[0].log_softmax(-1).diagonal()  # must be what we compute
         hidden = model.base_model(ids[None])[0][0]
         if not policy.token_logps(hidden, ids).allclose(right, rtol=1e-3):
             raise UserError(f"{type(model).__name__} changes its logits after the head")
@@ -386,6 +400,8 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.modules():  # just these read .training for it: dropout stays off
             layer.training = isinstance(layer, transformers.GradientCheckpointingLayer)
+            if isinstance(getattr(layer, "dropout", None), float):  # OPT's layers do their own
+                layer.dropout = 0.0
     return policy
 
 
@@ -397,7 +413,7 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
         mine = torch.arange(start, min(start + width, len(indices)))[RANK::WORLD_SIZE].tolist()
-        # DDP wants as many passes of every process: one without pairs repeats a pair, for nothing.
+        # DDP's processes must keep step: one without pairs scores the first again, with weight 0.
         weight, mine = (1, mine) if mine else (0, [0])
         policy.require_backward_grad_sync = start + width >= len(indices)  # in the last pass
         rows = [pairs[indices[i]] for i in mine]
@@ -423,7 +439,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
     """Train in place; log(row) every --log_every steps, evaluate(step) every --eval_every."""
     params = list(policy.parameters())
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=config.weight_decay, fused=True)
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = int(config.warmup_ratio * steps)  # rounded down: one step alone has the full lr
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     if WORLD_SIZE > 1:
         policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
@@ -454,7 +470,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
         if not skipped and (step % config.log_every == 0 or step == steps):
             seconds = time.perf_counter() - started
             row = {"step": step, "epoch": step / per_epoch, "grad_norm": norm, "lr": lr}
-            row |= zip(METRICS[:7], table.mean(0).tolist())
+            row |= zip(METRICS[:7], table.mean(0).tolist())  # all but averages and tokens
             row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
             row |= {"tokens_per_second": table[:, -1].sum().item() / seconds}
             log(row | {"peak_memory_gib": peak_memory_gib()})
@@ -471,7 +487,7 @@ def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
         print(tokenizer.decode(pair["prompt_ids"]))
         for i, (side, colour) in enumerate((("chosen", "\033[32m"), ("rejected", "\033[31m"))):
             ids, average, reward = pair[f"{side}_ids"], metrics[7 + i], metrics[1 + i]
-            start, end = (colour, "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+            start, end = (colour, "\033[0m") if sys.stdout and sys.stdout.isatty() else ("[[", "]]")
             print(f"{side}: {len(ids)} tokens, average log-prob {average:.4f}, reward {reward:.4f}")
             print(start + tokenizer.decode(ids) + end)
 
@@ -507,8 +523,8 @@ def win_rate(model, pairs) -> float:
     torch.manual_seed(0)
     prompts = torch.tensor([pair["prompt_ids"] for pair in pairs], device=DEVICE)
     answers = model.generate(prompts, do_sample=True, max_new_tokens=len(pairs[0]["chosen_ids"]))
-    answers = answers[:, prompts.shape[1] :].tolist()
-    return sum(a == pair["chosen_ids"] for a, pair in zip(answers, pairs)) / len(pairs)
+    hits = [x[-len(p["chosen_ids"]) :] == p["chosen_ids"] for x, p in zip(answers.tolist(), pairs)]
+    return sum(hits) / len(hits)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -538,7 +554,8 @@ def main(argv: list[str] | None = None) -> dict:
     if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
         scorer = load_policy("ref_model", config.ref_model, config) if config.ref_model else policy
         for i, data in enumerate((pairs, held_out)):
-            references[i] = score(scorer, data, range(len(data)), references[i], config)[:, 5:7]
+            which = range(len(data))[: config.inspect or None]
+            references[i] = score(scorer, data, which, references[i], config)[:, 5:7]  # logps/*
         del scorer
     if config.inspect:
         return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
@@ -547,7 +564,9 @@ def main(argv: list[str] | None = None) -> dict:
     passes, size = config.batch_size // WORLD_SIZE // micro, policy.model.num_parameters()
     print(f"model        {size:,} parameters in fp32, {config.dtype} compute ({DEVICE.type})")
     print(f"batch        {config.batch_size} pairs = {WORLD_SIZE} processes x {passes} x {micro}")
-    print(f"steps        {steps}, {per_epoch} an epoch; {config.loss}, beta {config.beta}")
+    print(
+        f"steps        {steps}; {config.loss}, beta {config.beta}, gamma {config.gamma}, lr {config.lr}"
+    )
     status, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": None if status else commit}
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -592,7 +611,7 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
-    print(f"model        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
+    print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
     return after
 
 

@@ -761,7 +761,7 @@ def test_every_objective_lowers_its_own_loss(loss, place, tmp_path):
 # ========================================================================= training: the machinery
 TIMINGS = {"step_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 # 9 pairs, 4 to a batch: the third step has a single pair, and with two processes one has none.
-FOURS = ["--batch_size", 4, "--lr", 1e-3, "--max_grad_norm", 0.5]
+FOURS = ["--batch_size", 4, "--lr", 1e-3, "--max_grad_norm", 0.5, "--warmup_ratio", 0.4]
 CUTS = {
     "one pair at a time": ["--micro_batch_size", 1],
     "two pairs at a time": ["--micro_batch_size", 2],
@@ -1027,6 +1027,20 @@ def inspected(monkeypatch, capsys, model, data, *flags):
     return "".join(line for line in out.splitlines(True) if str(data) not in line)
 
 
+def test_a_bad_row_among_many_is_named_by_the_workers_that_tokenize_in_parallel(place, tmp_path):
+    """Catches an error that loses its text on the way from a worker process."""
+    rows = [texts(f"{i}", "a", "b") for i in range(1200)]
+    data = write_jsonl(tmp_path / "many.jsonl", [*rows[:1100], rows[0] | {"chosen": None}, *rows])
+    done = fresh_process(SCRIPT, "--model", place / "llama", "--dataset", data)
+    assert done.returncode == 2 and "row 1101: 'chosen' is None" in done.stderr
+
+
+def test_a_run_of_one_step_has_the_full_learning_rate(place, tmp_path):
+    """Catches a warm-up that starts at 0 and, with few pairs, trains nothing without a word."""
+    _, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", "--lr", 1e-3)
+    assert [row["lr"] for row in steps_of(rows)] == [1e-3]
+
+
 def test_inspect_marks_the_scored_tokens_and_writes_nothing(place, tmp_path, monkeypatch, capsys):
     """Catches a reader who cannot see what is scored, colour codes in a file, stray output."""
     monkeypatch.chdir(tmp_path)
@@ -1060,6 +1074,14 @@ def test_all_file_formats_give_the_same_pairs(place, tmp_path, monkeypatch, caps
         for row in rows:
             answer = row["chosen"] if rows is PLAIN else row["chosen"][0]["content"]
             assert answer + "<|im_end|>" in seen[0]
+
+
+def test_cells_of_a_csv_stay_texts(place, tmp_path, monkeypatch, capsys):
+    """Catches a column of answers like 4 and None that becomes numbers and nulls."""
+    path = tmp_path / "cells.csv"
+    path.write_text("prompt,chosen,rejected\n2+2=,4,5\n1-1=,0,None\n")
+    shown = inspected(monkeypatch, capsys, place / "llama", path)
+    assert all(f"[[{answer}<|im_end|>]]" in shown for answer in ("4", "5", "0", "None"))
 
 
 def test_splits_of_a_saved_dataset_are_told_apart(place, tmp_path, monkeypatch, capsys):
