@@ -9,7 +9,6 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
     torchrun --nproc_per_node=8 simpo.py --model M --dataset D    # eight GPUs
 
 Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabulary, D hidden.
-
 Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO (3 to 7):
  1. Compute is bf16 over fp32 weights (autocast); log-softmax, sums and losses are fp32.
  2. A prompt above --max_prompt_length loses what follows the template's opening, not its end.
@@ -77,14 +76,9 @@ OBJECTIVES = {  # name -> losses [B]
     "dpo": lambda s, n, a, s_ref, c: dpo_loss(*s, *s_ref, c.beta, c.label_smoothing),
     "sft": lambda s, n, a, s_ref, c: -a[0],
 }
-REWARDS = {  # name -> the objective's implicit rewards [2, B], for the metrics
-    "simpo": lambda s, n, a, s_ref, c: c.beta * a,
-    "dpo": lambda s, n, a, s_ref, c: c.beta * (s - s_ref),
-    "sft": lambda s, n, a, s_ref, c: a,
-}
 DEFAULT_BETA = {"simpo": 2.5, "dpo": 0.01}
 NEEDS_REFERENCE = {"dpo"}
-LENGTH_NORMALISED = {"simpo", "sft"}  # they report logps/* per token, the others per answer
+LENGTH_NORMALISED = {"simpo", "sft"}  # these speak of averages a, the others of sums s
 
 
 # ------------------------------------------------------------------------------ log-likelihood
@@ -131,9 +125,7 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
         messages = value if isinstance(value, list) else [{"role": "text", "content": value}]
         texts = [isinstance(m, dict) and m.get("role") and m.get("content", 0) for m in messages]
         if not all(isinstance(text, str) for text in texts) or type(chosen) is not type(rejected):
-            raise UserError(
-                f"{name!r} is {value!r:.70}, not a text or messages of role and content"
-            )
+            raise UserError(f"{name!r} is {value!r:.70}: no text, nor messages of role and content")
     if isinstance(chosen, str) and prompt is not None:
         return prompt, chosen, rejected
     if isinstance(chosen, str):  # hh-rlhf: each side is a dialogue that ends in an answer
@@ -170,7 +162,6 @@ def tokenize_pair(
     row: dict, tokenizer, max_length: int, max_prompt_length: int, drop=lambda reason: None
 ) -> dict | None:
     """A preference row -> {"prompt_ids", "chosen_ids", "rejected_ids", "truncated"}.
-
     Or drop(reason), None by default, where an answer is empty or has no room, or the two are
     identical or answer different prompts. Lengths are in tokens: max_prompt_length for the
     prompt, max_length for prompt and answer. Raises UserError on a malformed row.
@@ -194,8 +185,7 @@ def tokenize_pair(
         stands = joint[: len(prompt_ids)] == prompt_ids
         sides.append(joint[len(prompt_ids) :] if stands else encode(answer))
     if cut := max(len(prompt_ids) - max_prompt_length, 0):
-        # What a prompt of other words has in common with this one is the template's: it stays.
-        ids = [prompt_ids, start + encode(other)]
+        ids = [prompt_ids, start + encode(other)]  # what they share is the template's: it stays
         head, tail = (len(os.path.commonprefix(x)) for x in (ids, [i[::-1] for i in ids]))
         if head + tail >= max_prompt_length:
             return drop("no room for the prompt")
@@ -243,7 +233,6 @@ def blame(what: str, source: str | None = None):
 
 def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
     """A flag's hub id, file or folder -> its usable pairs, "row" counted from 1, and what is lost."""
-
     limits = config.max_length, config.max_prompt_length  # not config: its lr would spoil the cache
     empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
 
@@ -263,9 +252,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
             with blame(f"line {number}"):
                 json.loads(line.strip() or "{}")  # the library would not say where it fails
         if kind := kinds.get(path.suffix):
-            text = dict.fromkeys(
-                ("prompt", "chosen", "rejected"), str
-            )  # "4,5" and "None" are answers
+            text = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
             options = {"keep_default_na": False, "converters": text} if kind == "csv" else {}
             options["data_files"] = str(path.resolve(strict=True))
             rows = datasets.load_dataset(kind, split=split, **options)
@@ -331,24 +318,21 @@ def parse_config(argv: list[str] | None) -> Config:
     parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False, exit_on_error=False)
     for f in fields(Config):
         kind, text = get_args(f.type)
-        (kind, *_) = get_args(kind) or (kind,)  # float | None -> float
-        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        how = {"action": "store_true"} if kind is bool else {"type": (get_args(kind) or [kind])[0]}
         text += "" if f.default is None or kind is bool else f" ({f.default})"
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
     with blame("command line"):
         flags, unknown = parser.parse_known_args(argv)
     if not flags.model and not flags.dataset:
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**DEMO, overwrite=flags.output_dir == Config.output_dir)
         flags, unknown = parser.parse_known_args(argv)
     c = Config(**vars(flags))
     c.beta = DEFAULT_BETA.get(c.loss, 1.0) if c.beta is None else c.beta
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
     c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
-    free = c.overwrite or c.inspect or not (c.model or c.output_dir != DEMO["output_dir"])
-    taken = not free and (Path(c.output_dir) / "config.json").exists()
+    taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
     positive = ("beta", "lr", "batch_size", "micro_batch_size", "epochs", "max_length", "log_every")
-    at_least_0 = ("gamma", "max_steps", "warmup_ratio", "eval_every", "inspect", "weight_decay")
     parts = f"{WORLD_SIZE} processes x {c.micro_batch_size} pairs"
     whole = c.batch_size % (WORLD_SIZE * c.micro_batch_size or 1) == 0
     for holds, message in (
@@ -357,7 +341,6 @@ def parse_config(argv: list[str] | None) -> Config:
         (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
         (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
         *((getattr(c, x) > 0, f"--{x} {getattr(c, x)} is not above 0") for x in positive),
-        *((getattr(c, x) >= 0, f"--{x} {getattr(c, x)} is below 0") for x in at_least_0),
         (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (whole, f"--batch_size {c.batch_size} is no multiple of {parts}"),
         (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
@@ -376,7 +359,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets the three
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
 METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
-SHOWN = "loss rewards/accuracies rewards/margins chosen_drift judge_win_rate lr tokens_per_second"
+BAR = {"loss", *METRICS[3:5], "chosen_drift", "win_rate", "lr", "tokens_per_second"}  # on screen
 DEMO = {"lr": 4e-5, "batch_size": 32, "max_steps": 60, "output_dir": "simpo_demo"}
 
 
@@ -391,17 +374,15 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
     with blame(f"--{name} {source}", source):
         model = load(source, dtype=torch.float32).to(DEVICE)
         policy = ResponseLogps(model.eval())  # eval, in training too: no dropout
-        ids = torch.arange(3, device=DEVICE)  # some models scale their logits outside the head, so
-        right = model(ids[None]).logits[0].log_softmax(-1).diagonal()  # must be what we compute
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in model.modules():  # it needs .training in these, but not in what they hold
+                layer.training = isinstance(layer, transformers.GradientCheckpointingLayer)
+        ids = torch.arange(3, device=DEVICE)
+        right = model(ids[None]).logits[0].log_softmax(-1).diagonal()  # and this is how we do it:
         hidden = model.base_model(ids[None])[0][0]
         if not policy.token_logps(hidden, ids).allclose(right, rtol=1e-3):
-            raise UserError(f"{type(model).__name__} changes its logits after the head")
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # just these read .training for it: dropout stays off
-            layer.training = isinstance(layer, transformers.GradientCheckpointingLayer)
-            if isinstance(getattr(layer, "dropout", None), float):  # OPT's layers do their own
-                layer.dropout = 0.0
+            raise UserError(f"{type(model).__name__} scales logits, or has dropout, in its own way")
     return policy
 
 
@@ -425,8 +406,8 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
             losses = OBJECTIVES[config.loss](s, n, a, s_ref, config)
             if backward:  # DDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
-        rw, rl = REWARDS[config.loss](s, n, a, s_ref, config)
         logps = a if config.loss in LENGTH_NORMALISED else s
+        rw, rl = config.beta * (logps - s_ref)  # s_ref is 0 without a reference
         tokens = n.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
         columns = [losses, rw, rl, rw - rl, rw > rl, *logps, *a, tokens]
         table[mine] = weight * torch.stack([x.detach().double() for x in columns], dim=1)
@@ -474,7 +455,7 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
             row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
             row |= {"tokens_per_second": table[:, -1].sum().item() / seconds}
             log(row | {"peak_memory_gib": peak_memory_gib()})
-            bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in SHOWN.split() if x in row})
+            bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in row if x in BAR})
         if config.eval_every and step % config.eval_every == 0 and step < steps:
             evaluate(step)
 
@@ -492,7 +473,6 @@ def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
             print(start + tokenizer.decode(ids) + end)
 
 
-# ------------------------------------------------------------------------------ demo
 def build_demo(config: Config) -> tuple:
     """A tiny Llama that half of the time sorts (chosen), half reverses (rejected) a word's letters."""
     torch.manual_seed(config.seed)
@@ -560,13 +540,11 @@ def main(argv: list[str] | None = None) -> dict:
     if config.inspect:
         return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
-    steps, micro = config.max_steps or per_epoch * config.epochs, config.micro_batch_size
-    passes, size = config.batch_size // WORLD_SIZE // micro, policy.model.num_parameters()
-    print(f"model        {size:,} parameters in fp32, {config.dtype} compute ({DEVICE.type})")
-    print(f"batch        {config.batch_size} pairs = {WORLD_SIZE} processes x {passes} x {micro}")
-    print(
-        f"steps        {steps}; {config.loss}, beta {config.beta}, gamma {config.gamma}, lr {config.lr}"
-    )
+    steps = config.max_steps if config.max_steps > 0 else per_epoch * config.epochs
+    micro, share = config.micro_batch_size, config.batch_size // WORLD_SIZE
+    print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
+    print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
+    print(f"steps        {steps}; {config.loss}, beta {config.beta}, gamma {config.gamma}")
     status, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": None if status else commit}
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -593,7 +571,7 @@ def main(argv: list[str] | None = None) -> dict:
         *means, average, _, _ = table.mean(0).tolist()
         row = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
         row["eval/chosen_drift"] = average - start.setdefault("average", average)
-        row |= {} if config.model else {"eval/judge_win_rate": win_rate(policy.model, held_out)}
+        row |= {} if config.model else {"eval/win_rate": win_rate(policy.model, held_out)}
         log({"step": step} | row)
         return row
 
@@ -606,9 +584,7 @@ def main(argv: list[str] | None = None) -> dict:
     if WORLD_SIZE > 1:
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
-    changes = [
-        f"{x[5:]} {before[x]:.3f} -> {after[x]:.3f}" for x in after if x[5:] in SHOWN.split()
-    ]
+    changes = [f"{x[5:]} {before[x]:.3f} -> {y:.3f}" for x, y in after.items() if x[5:] in BAR]
     print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")

@@ -1247,9 +1247,9 @@ def test_the_demo_learns_what_it_should(tmp_path):
     out = tmp_path / "demo"
     done = fresh_process(SCRIPT, "--output_dir", out)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [row for row in read_metrics(out) if "eval/judge_win_rate" in row]
+    rows = [row for row in read_metrics(out) if "eval/win_rate" in row]
     first, last = rows[0], rows[-1]
     assert first["step"] == 0 and last["step"] == max(row["step"] for row in read_metrics(out))
-    assert 0.40 <= first["eval/judge_win_rate"] <= 0.60
-    assert last["eval/judge_win_rate"] >= 0.85
+    assert 0.40 <= first["eval/win_rate"] <= 0.60
+    assert last["eval/win_rate"] >= 0.85
     assert last["eval/rewards/accuracies"] >= 0.95
