@@ -45,9 +45,9 @@ def simpo_loss(
     chosen_avg_logps: Tensor, rejected_avg_logps: Tensor, beta=2.5, gamma=1.4, label_smoothing=0.0
 ) -> Tensor:
     """SimPO's loss of each pair, [B] (arXiv:2405.14734, Eq. 6). There is no reference model.
-    *_avg_logps [B]: log pi(y|x) / |y|, in nats per token. beta > 0 makes rewards of them; gamma >= 0:
-    the margin of reward by which the chosen answer must win; label_smoothing in [0, 0.5]: how
-    likely it is that a pair's two answers were swapped.
+    *_avg_logps [B]: log pi(y|x) / |y|, in nats per token. beta > 0 makes rewards of them; gamma,
+    >= 0: the margin of reward by which the chosen answer must win; label_smoothing in [0, 0.5]:
+    how likely it is that a pair's two answers were swapped.
     """
     margin = beta * (chosen_avg_logps - rejected_avg_logps) - gamma
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -232,7 +232,7 @@ def blame(what: str, source: str | None = None):
 
 
 def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
-    """A flag's hub id, file or folder -> its usable pairs, "row" counted from 1, and what is lost."""
+    """A flag's hub id, file or folder -> its usable pairs, "row" from 1 up, and what is lost."""
     limits = config.max_length, config.max_prompt_length  # not config: its lr would spoil the cache
     empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
 
@@ -269,7 +269,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
         pairs = rows.map(encode, with_indices=True, **options)
         dropped = list(pairs["dropped"])  # reasons, "" for the pairs that are kept
         kept = pairs.select([i for i, reason in enumerate(dropped) if not reason])
-        why = ", ".join(f"{dropped.count(x)} for {x}" for x in sorted({*dropped} - {""}))
+        why = ", ".join(f"{x}: {dropped.count(x)}" for x in sorted({*dropped} - {""}))
         if not len(kept):
             raise UserError(f"none of {len(rows)} pairs is left: {why}")
     lost, cut = len(rows) - len(kept), sum(kept["truncated"])
@@ -389,7 +389,7 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
 # ------------------------------------------------------------------------------ training
 def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
     """METRICS of the pairs at `indices`, [B, K], by all processes together; reference: logps of all
-    pairs, [., 2]. With backward=True the gradient of the mean loss, however it was cut, in .grad."""
+    pairs, [., 2]. backward=True leaves in .grad that of the mean loss, however the pairs are cut."""
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
@@ -474,7 +474,7 @@ def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
 
 
 def build_demo(config: Config) -> tuple:
-    """A tiny Llama that half of the time sorts (chosen), half reverses (rejected) a word's letters."""
+    """A tiny Llama that sorts (chosen) or reverses (rejected) a word's letters, half and half."""
     torch.manual_seed(config.seed)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)  # bytes: nothing to download
     letters = 97 + torch.rand(6000, 26).argsort(1)[:, :5]  # five different ones
