@@ -389,7 +389,7 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
 # ------------------------------------------------------------------------------ training
 def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
     """METRICS of the pairs at `indices`, [B, K], by all processes together; reference: logps of all
-    pairs, [., 2]. backward=True leaves in .grad that of the mean loss, however the pairs are cut."""
+    pairs, [., 2]. backward=True leaves the gradient of the mean loss, however it is cut."""
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
