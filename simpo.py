@@ -248,7 +248,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
     source = getattr(config, name) or config.dataset
     path, split = Path(source), split or "train"
     with blame(f"--{name} {source} [{split}]", source):
-        for number, line in enumerate(path.open() if path.suffix == ".jsonl" else [], 1):
+        for number, line in enumerate(path.open("rb") if path.suffix == ".jsonl" else (), 1):
             with blame(f"line {number}"):
                 json.loads(line.strip() or "{}")  # the library would not say where it fails
         if kind := kinds.get(path.suffix):

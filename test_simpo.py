@@ -1,7 +1,7 @@
 """Tests of simpo.py: what could go wrong without anybody noticing, and how one would notice.
 
     python -m pytest test_simpo.py                  # about a minute on two CPU cores
-    SIMPO_SLOW=1 python -m pytest test_simpo.py     # with the built-in demo, another half minute
+    SIMPO_SLOW=1 python -m pytest test_simpo.py     # with the built-in demo, another minute
 
 Every expected number comes from somewhere else than simpo.py: worked out by hand in plain Python
 floats, by a slow loop that scores one token at a time, or by another process. All models are
