@@ -28,6 +28,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -42,15 +43,21 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------ objectives
 def simpo_loss(
-    chosen_avg_logps: Tensor, rejected_avg_logps: Tensor, beta=2.5, gamma=1.4, label_smoothing=0.0
+    chosen_avg_logps: Tensor,
+    rejected_avg_logps: Tensor,
+    beta: float = 2.5,
+    gamma: float = 1.4,
+    label_smoothing: float = 0.0,
+    hinge: bool = False,
 ) -> Tensor:
     """SimPO's loss of each pair, [B] (arXiv:2405.14734, Eq. 6). There is no reference model.
     *_avg_logps [B]: log pi(y|x) / |y|, in nats per token. beta > 0 makes rewards of them; gamma,
     >= 0: the margin of reward by which the chosen answer must win; label_smoothing in [0, 0.5]:
-    how likely it is that a pair's two answers were swapped.
+    how likely it is that a pair's two answers were swapped; hinge: max(0, 1 - m) for -log sigmoid.
     """
     margin = beta * (chosen_avg_logps - rejected_avg_logps) - gamma
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    loss = (lambda m: F.relu(1 - m)) if hinge else (lambda m: -F.logsigmoid(m))
+    return (1 - label_smoothing) * loss(margin) + label_smoothing * loss(-margin)
 
 
 def dpo_loss(
@@ -69,16 +76,52 @@ def dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-# Of the chosen and the rejected answers of B pairs, [2, B], chosen first: s = log pi(y|x), n = |y|,
-# a = s / n, the average that SimPO is about, and s_ref = log pi_ref(y|x). c is the Config.
-OBJECTIVES = {  # name -> losses [B]
-    "simpo": lambda s, n, a, s_ref, c: simpo_loss(*a, c.beta, c.gamma, c.label_smoothing),
-    "dpo": lambda s, n, a, s_ref, c: dpo_loss(*s, *s_ref, c.beta, c.label_smoothing),
-    "sft": lambda s, n, a, s_ref, c: -a[0],
+def simpo(
+    s, a, *_, beta=2.5, gamma=1.4, label_smoothing=0.0, hinge=False, lam=0.0, no_length_norm=False
+):
+    compared = s if no_length_norm else a  # s: the ablation of Table 5
+    return simpo_loss(*compared, beta, gamma, label_smoothing, hinge) - lam * a.w
+
+
+def log_odds(a: Tensor) -> Tensor:
+    """log p / (1 - p) of p = exp(a); expm1 keeps its digits where p is almost 1."""
+    return a - torch.log(-torch.expm1(a.clamp(max=-1e-9)))
+
+
+# Table 3 of the paper: name -> losses [B] of B pairs. s = log pi(y|x), in nats; a = s / |y|;
+# r = s - s_ref, the log-ratio to the reference; y = |y|, in tokens: each of the chosen answers, .w,
+# and of the rejected, .l. After the * stand the hyperparameters and their defaults: they are the
+# flags. z estimates KL(policy, reference): the mean of beta r over a step's answers, 0 at least.
+Sides = namedtuple("Sides", "w l")
+OBJECTIVES = {
+    "simpo": simpo,
+    "dpo": lambda s, a, r, y, *, beta=0.01, label_smoothing=0.0: dpo_loss(
+        *r, 0, 0, beta, label_smoothing
+    ),  # r has the reference in it
+    "ipo": lambda s, a, r, y, *, tau=0.1: (r.w - r.l - 1 / (2 * tau)) ** 2,
+    "cpo": lambda s, a, r, y, *, beta=0.1, lam=1.0: -F.logsigmoid(beta * (s.w - s.l)) - lam * s.w,
+    "kto": lambda s, a, r, y, z=0.0, *, beta=0.1, lam_w=1.0, lam_l=1.0: (
+        -lam_w * torch.sigmoid(beta * r.w - z) - lam_l * torch.sigmoid(z - beta * r.l)
+    ),
+    "orpo": lambda s, a, r, y, *, lam=0.1: -a.w - lam * F.logsigmoid(log_odds(a.w) - log_odds(a.l)),
+    "rrhf": lambda s, a, r, y, *, lam=1.0: F.relu(a.l - a.w) - lam * s.w,
+    "slic": lambda s, a, r, y, *, delta=1.0, lam=1.0: F.relu(delta - s.w + s.l) - lam * s.w,
+    "rdpo": lambda s, a, r, y, *, beta=0.1, alpha=0.05: (
+        -F.logsigmoid(beta * (r.w - r.l) + alpha * (y.w - y.l))
+    ),
+    "sft": lambda s, a, r, y: -a.w,
 }
-DEFAULT_BETA = {"simpo": 2.5, "dpo": 0.01}
-NEEDS_REFERENCE = {"dpo"}
-LENGTH_NORMALISED = {"simpo", "sft"}  # these speak of averages a, the others of sums s
+HYPERPARAMETERS = {name: loss.__kwdefaults__ or {} for name, loss in OBJECTIVES.items()}
+NEEDS_REFERENCE = {"dpo", "ipo", "kto", "rdpo"}
+LENGTH_NORMALISED = {"simpo", "orpo", "rrhf", "sft"}  # these compare averages a, the others sums
+
+
+def implicit_rewards(logps, s_ref, y, beta=1.0, tau=1.0, alpha=0.0, **others) -> Tensor:
+    """What each objective holds for the reward of an answer; the metrics rewards/* are these.
+    SimPO: beta a; DPO, KTO: beta r; IPO: tau r; CPO: beta s; R-DPO: beta r + alpha |y|, for its
+    policy is the best under that reward less alpha |y|; ORPO, RRHF, SFT: a; SLiC: s.
+    """
+    return beta * tau * (logps - s_ref) + alpha * y  # s_ref is 0 without a reference
 
 
 # ------------------------------------------------------------------------------ log-likelihood
@@ -244,18 +287,17 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
     import datasets  # here, so that all the rest works without it
 
     datasets.logging.set_verbosity(100)  # what it would log, it also raises
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     source = getattr(config, name) or config.dataset
-    path, split = Path(source), split or "train"
+    path, suffix, split = Path(source), Path(source).suffix, split or "train"
     with blame(f"--{name} {source} [{split}]", source):
-        for number, line in enumerate(path.open("rb") if path.suffix == ".jsonl" else (), 1):
+        for number, line in enumerate(path.open("rb") if suffix == ".jsonl" else (), 1):
             with blame(f"line {number}"):
                 json.loads(line.strip() or "{}")  # the library would not say where it fails
-        if kind := kinds.get(path.suffix):
-            text = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
-            options = {"keep_default_na": False, "converters": text} if kind == "csv" else {}
-            options["data_files"] = str(path.resolve(strict=True))
-            rows = datasets.load_dataset(kind, split=split, **options)
+        if path.is_file():
+            cells = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
+            options = {"keep_default_na": False, "converters": cells} if suffix == ".csv" else {}
+            options["data_files"] = path.name
+            rows = datasets.load_dataset(str(path.parent), split=split, **options)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(source)  # of save_to_disk
             rows = rows[split] if isinstance(rows, dict) else rows
@@ -287,11 +329,19 @@ class Config:
     eval_dataset: Annotated[str | None, "held-out pairs; unset: --eval_split of --dataset"] = None
     train_split: Annotated[str, "of --dataset; slices like train[:1000] work, too"] = "train"
     eval_split: Annotated[str | None, "of held-out pairs; unset: train of --eval_dataset"] = None
-    loss: Annotated[str, "objective: " + ", ".join(OBJECTIVES)] = "simpo"
-    beta: Annotated[float | None, f"scale of the reward; unset: {DEFAULT_BETA}"] = None
-    gamma: Annotated[float, "SimPO's target margin, in reward units"] = 1.4
-    label_smoothing: Annotated[float, "share of pairs held to be swapped, 0 to 0.5"] = 0.0
-    ref_model: Annotated[str | None, "DPO's reference; unset: the starting policy"] = None
+    loss: Annotated[str, "objective"] = "simpo"
+    beta: Annotated[float | None, "scale of the reward, or of the log-ratios"] = None
+    gamma: Annotated[float | None, "target margin, in reward units; 0: the ablation"] = None
+    label_smoothing: Annotated[float | None, "share of pairs held to be swapped, to 0.5"] = None
+    hinge: Annotated[bool | None, "max(0, 1 - m) in place of -log sigmoid(m)"] = None
+    no_length_norm: Annotated[bool | None, "the ablation: sums in place of averages"] = None
+    lam: Annotated[float | None, "weight of the SFT term, or of the odds ratio", "--lambda"] = None
+    tau: Annotated[float | None, "strength of the regularisation"] = None
+    lam_w: Annotated[float | None, "weight of chosen answers", "--lambda_w"] = None
+    lam_l: Annotated[float | None, "weight of rejected answers", "--lambda_l"] = None
+    delta: Annotated[float | None, "target margin, in nats"] = None
+    alpha: Annotated[float | None, "penalty per token of an answer"] = None
+    ref_model: Annotated[str | None, "the reference, if any; unset: the starting policy"] = None
     lr: Annotated[float, "peak learning rate; cosine to 0"] = 1e-6
     batch_size: Annotated[int, "pairs per optimizer step, over all processes"] = 128
     micro_batch_size: Annotated[int | None, "pairs per pass of a process; unset: up to 4"] = None
@@ -313,40 +363,54 @@ class Config:
     wandb: Annotated[str | None, "Weights & Biases project to log to"] = None
 
 
+GROUPS = {"model": "model and data", "loss": "objective", "lr": "training", "output_dir": "output"}
+CHOICES = {"loss": OBJECTIVES, "dtype": ("bf16", "fp32")}
+ABOVE_0 = {"beta", "tau", "lr", "batch_size", "epochs", "max_length", "log_every"}
+DEMO = {"lr": 3e-5, "batch_size": 32, "max_steps": 100, "output_dir": "simpo_demo"}
+
+
 def parse_config(argv: list[str] | None) -> Config:
     """The command line, checked, with what depends on other flags filled in."""
-    parser = argparse.ArgumentParser("simpo.py", allow_abbrev=False, exit_on_error=False)
+    options = {"allow_abbrev": False, "exit_on_error": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("simpo.py", **options)
     for f in fields(Config):
-        kind, text = get_args(f.type)
-        how = {"action": "store_true"} if kind is bool else {"type": (get_args(kind) or [kind])[0]}
-        text += "" if f.default is None or kind is bool else f" ({f.default})"
-        parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        kind, text, *aliases = get_args(f.type)
+        kind = (get_args(kind) or [kind])[0]
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        how |= {"choices": CHOICES[f.name]} if f.name in CHOICES else {}
+        own = [f"{x} {read[f.name]}" for x, read in HYPERPARAMETERS.items() if f.name in read]
+        text += f" ({', '.join(own) or f.default})" if own or f.default is not None else ""
+        group.add_argument(f"--{f.name}", *aliases, help=text, **how)
     with blame("command line"):
         flags, unknown = parser.parse_known_args(argv)
-    if not flags.model and not flags.dataset:
-        parser.set_defaults(**DEMO, overwrite=flags.output_dir == Config.output_dir)
-        flags, unknown = parser.parse_known_args(argv)
-    c = Config(**vars(flags))
-    c.beta = DEFAULT_BETA.get(c.loss, 1.0) if c.beta is None else c.beta
+    given = vars(flags)
+    read = HYPERPARAMETERS[given.get("loss", Config.loss)]
+    demo = {} if given.keys() & {"model", "dataset"} else DEMO
+    c = Config(**demo | read | given)
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
     c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
-    taken = (Path(c.output_dir) / "config.json").exists() and not (c.overwrite or c.inspect)
-    positive = ("beta", "lr", "batch_size", "micro_batch_size", "epochs", "max_length", "log_every")
+    for name, x in vars(c).items():
+        if isinstance(x, (int, float)) and not (0 < x < math.inf or x == 0 and name not in ABOVE_0):
+            raise UserError(f"--{name} {x} is not {'above' if name in ABOVE_0 else 'at least'} 0")
+    every = {name for own in HYPERPARAMETERS.values() for name in own}
+    strange = " ".join(f"--{name}" for name in given if name in every and name not in read)
+    fresh = c.overwrite or c.inspect or (demo and "output_dir" not in given)
+    taken = not fresh and (Path(c.output_dir) / "config.json").exists()
+    over = c.batch_size % (WORLD_SIZE * c.micro_batch_size)
     parts = f"{WORLD_SIZE} processes x {c.micro_batch_size} pairs"
-    whole = c.batch_size % (WORLD_SIZE * c.micro_batch_size or 1) == 0
-    for holds, message in (
-        (not unknown, f"{' '.join(unknown)}: there is no such flag"),
-        (bool(c.model) == bool(c.dataset), "--model needs --dataset, and the other way round"),
-        (c.loss in OBJECTIVES, f"--loss {c.loss} is not one of {', '.join(OBJECTIVES)}"),
-        (c.dtype in ("bf16", "fp32"), f"--dtype {c.dtype} is not bf16 or fp32"),
-        *((getattr(c, x) > 0, f"--{x} {getattr(c, x)} is not above 0") for x in positive),
-        (0 <= c.label_smoothing <= 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
-        (whole, f"--batch_size {c.batch_size} is no multiple of {parts}"),
-        (not c.ref_model or c.loss in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
-        (not taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
+    for wrong, message in (
+        (unknown, f"{' '.join(unknown)}: there is no such flag"),
+        (strange, f"{strange}: not for --loss {c.loss}, which reads {', '.join(read) or 'none'}"),
+        (bool(c.model) != bool(c.dataset), "--model needs --dataset, and the other way round"),
+        ((c.label_smoothing or 0) > 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
+        (over, f"--batch_size {c.batch_size} is no multiple of {parts}"),
+        (c.ref_model and c.loss not in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
+        (taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
     ):
-        if not holds:
+        if wrong:
             raise UserError(message)
     if c.loss == "simpo" and c.gamma > c.beta:
         print(f"warning: gamma/beta is {c.gamma / c.beta:.2f}; the paper tuned it from 0 to 1")
@@ -359,8 +423,8 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets the three
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
 METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
-BAR = {"loss", *METRICS[3:5], "chosen_drift", "win_rate", "lr", "tokens_per_second"}  # on screen
-DEMO = {"lr": 4e-5, "batch_size": 32, "max_steps": 60, "output_dir": "simpo_demo"}
+BAR = {"loss", *METRICS[3:5], "lr", "tokens_per_second"}  # on the progress bar
+END = BAR | {"chosen_drift", "win_rate", "answer_length"}  # in the closing lines
 
 
 def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on a CPU
@@ -387,9 +451,15 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
 
 
 # ------------------------------------------------------------------------------ training
-def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
+def score(policy, pairs, indices, reference, config, backward=False, z=None) -> Tensor:
     """METRICS of the pairs at `indices`, [B, K], by all processes together; reference: logps of all
     pairs, [., 2]. backward=True leaves the gradient of the mean loss, however it is cut."""
+    options = {name: getattr(config, name) for name in HYPERPARAMETERS[config.loss]}
+    if (
+        config.loss == "kto" and z is None
+    ):  # of all these pairs, however they are cut: a pass before
+        z = score(policy, pairs, indices, reference, config, z=0)[:, 1:3].mean().clamp(min=0)
+    options |= {"z": z} if config.loss == "kto" else {}
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     width = WORLD_SIZE * config.micro_batch_size
     for start in range(0, len(indices), width):
@@ -401,14 +471,14 @@ def score(policy, pairs, indices, reference, config, backward=False) -> Tensor:
         batch = {key: x.to(DEVICE) for key, x in collate(rows).items()}
         with torch.set_grad_enabled(backward):
             with torch.autocast(DEVICE.type, torch.bfloat16, config.dtype == "bf16"):
-                s, n = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
-            a, s_ref = s / n, reference[[indices[i] for i in mine]].T.to(DEVICE, torch.float32)
-            losses = OBJECTIVES[config.loss](s, n, a, s_ref, config)
+                s, y = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
+            a, s_ref = s / y, reference[[indices[i] for i in mine]].T.to(DEVICE, torch.float32)
+            losses = OBJECTIVES[config.loss](*(Sides(*x) for x in (s, a, s - s_ref, y)), **options)
             if backward:  # DDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
-        logps = a if config.loss in LENGTH_NORMALISED else s
-        rw, rl = config.beta * (logps - s_ref)  # s_ref is 0 without a reference
-        tokens = n.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
+        logps = a if config.loss in LENGTH_NORMALISED and not config.no_length_norm else s
+        rw, rl = implicit_rewards(logps, s_ref, y, **options)
+        tokens = y.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
         columns = [losses, rw, rl, rw - rl, rw > rl, *logps, *a, tokens]
         table[mine] = weight * torch.stack([x.detach().double() for x in columns], dim=1)
     if WORLD_SIZE > 1:
@@ -474,18 +544,23 @@ def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
 
 
 def build_demo(config: Config) -> tuple:
-    """A tiny Llama that sorts (chosen) or reverses (rejected) a word's letters, half and half."""
+    """A tiny Llama that answers with a word's letters sorted up (chosen) or down (rejected).
+    Some "!" follow, more after the chosen ones: in real data, too, these tend to be longer.
+    """
     torch.manual_seed(config.seed)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)  # bytes: nothing to download
-    letters = 97 + torch.rand(6000, 26).argsort(1)[:, :5]  # five different ones
+    letters = 97 + torch.rand(6000, 14).argsort(1)[:, :4]  # four different ones, from a to n
     words = dict.fromkeys(bytes(word).decode() for word in letters.tolist())
-    rows = [{"prompt": w + "=", "chosen": "".join(sorted(w)), "rejected": w[::-1]} for w in words]
-    pairs = [tokenize_pair(row, tokenizer, 64, 32) for row in rows]
-    pairs = [pair | {"row": i} for i, pair in enumerate(pairs, 1) if pair]
+    tails = [torch.empty(6000).geometric_(1 / mean).int().tolist() for mean in (4, 2.5)]
+    pairs = []
+    for word, x, y in zip(words, *tails):
+        up = "".join(sorted(word))
+        row = {"prompt": word + "=", "chosen": up + "!" * x, "rejected": up[::-1] + "!" * y}
+        pairs.append(tokenize_pair(row, tokenizer, 64, 32) | {"row": len(pairs) + 1})
     shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 3}
     shape |= {"intermediate_size": 256, "num_attention_heads": 4, "pad_token_id": 0}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, eos_token_id=1))
-    policy, steps = ResponseLogps(llama.to(DEVICE).eval()), 1400
+    policy, steps = ResponseLogps(llama.to(DEVICE).eval()), 800
     optimizer = torch.optim.AdamW(policy.parameters(), 2e-3)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
     for _ in tqdm(range(steps), "fitting the demo's model", leave=False, disable=RANK > 0):
@@ -498,13 +573,15 @@ def build_demo(config: Config) -> tuple:
     return tokenizer, policy, pairs[200:], pairs[:200]
 
 
-def win_rate(model, pairs) -> float:
-    """The share of the demo's prompts that the model, sampling, answers exactly as it should."""
+def judge(model, tokenizer, pairs) -> dict:
+    """Of the demo's answers, sampled: the share that is right, and their length in letters."""
     torch.manual_seed(0)
     prompts = torch.tensor([pair["prompt_ids"] for pair in pairs], device=DEVICE)
-    answers = model.generate(prompts, do_sample=True, max_new_tokens=len(pairs[0]["chosen_ids"]))
-    hits = [x[-len(p["chosen_ids"]) :] == p["chosen_ids"] for x, p in zip(answers.tolist(), pairs)]
-    return sum(hits) / len(hits)
+    texts = tokenizer.batch_decode(model.generate(prompts, do_sample=True, max_new_tokens=48))
+    words, answers = zip(*(text.split("</s>")[0].split("=", 1) for text in texts))
+    hits = ["".join(sorted(w)) == answer.rstrip("!") for w, answer in zip(words, answers)]
+    length = sum(map(len, answers)) / len(answers)
+    return {"eval/win_rate": sum(hits) / len(hits), "eval/answer_length": length}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -535,16 +612,18 @@ def main(argv: list[str] | None = None) -> dict:
         scorer = load_policy("ref_model", config.ref_model, config) if config.ref_model else policy
         for i, data in enumerate((pairs, held_out)):
             which = range(len(data))[: config.inspect or None]
-            references[i] = score(scorer, data, which, references[i], config)[:, 5:7]  # logps/*
+            table = score(scorer, data, which, references[i], config, z=0)
+            references[i] = table[:, 5:7]  # logps/*
         del scorer
     if config.inspect:
         return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
     steps = config.max_steps if config.max_steps > 0 else per_epoch * config.epochs
     micro, share = config.micro_batch_size, config.batch_size // WORLD_SIZE
+    hyper = [f"{name} {getattr(config, name)}" for name in HYPERPARAMETERS[config.loss]]
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
     print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
-    print(f"steps        {steps}; {config.loss}, beta {config.beta}, gamma {config.gamma}")
+    print(f"steps        {steps}; {config.loss}, {', '.join(hyper)}")
     status, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": None if status else commit}
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -571,7 +650,7 @@ def main(argv: list[str] | None = None) -> dict:
         *means, average, _, _ = table.mean(0).tolist()
         row = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
         row["eval/chosen_drift"] = average - start.setdefault("average", average)
-        row |= {} if config.model else {"eval/win_rate": win_rate(policy.model, held_out)}
+        row |= {} if config.model else judge(policy.model, tokenizer, held_out)
         log({"step": step} | row)
         return row
 
@@ -584,7 +663,7 @@ def main(argv: list[str] | None = None) -> dict:
     if WORLD_SIZE > 1:
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
-    changes = [f"{x[5:]} {before[x]:.3f} -> {y:.3f}" for x, y in after.items() if x[5:] in BAR]
+    changes = [f"{x[5:]} {before[x]:.3f} -> {y:.3f}" for x, y in after.items() if x[5:] in END]
     print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
