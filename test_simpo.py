@@ -376,6 +376,233 @@ def test_the_losses_have_finite_values_and_gradients_at_huge_margins():
     assert chosen.grad.tolist() == pytest.approx([-2.5, 0.0])
 
 
+HYPER = {  # the defaults, as the README's table has them
+    "simpo": {"beta": 2.5, "gamma": 1.4},
+    "dpo": {"beta": 0.01},
+    "ipo": {"tau": 0.1},
+    "cpo": {"beta": 0.1, "lam": 1.0},
+    "kto": {"beta": 0.1, "lam_w": 1.0, "lam_l": 1.0},
+    "orpo": {"lam": 0.1},
+    "rrhf": {"lam": 1.0},
+    "slic": {"delta": 1.0, "lam": 1.0},
+    "rdpo": {"beta": 0.1, "alpha": 0.05},
+    "sft": {},
+}
+OTHERS = {  # and other values, no two of them equal
+    "simpo": {"beta": 2.0, "gamma": 0.5, "lam": 0.3},
+    "dpo": {"beta": 0.3},
+    "ipo": {"tau": 0.7},
+    "cpo": {"beta": 0.4, "lam": 0.6},
+    "kto": {"beta": 0.2, "lam_w": 1.3, "lam_l": 0.7, "z": 0.45},
+    "orpo": {"lam": 2.0},
+    "rrhf": {"lam": 0.1},
+    "slic": {"delta": 3.0, "lam": 0.2},
+    "rdpo": {"beta": 0.25, "alpha": 0.02},
+    "sft": {},
+}
+
+
+class Answer(NamedTuple):
+    """Of one answer: log pi, log pi_ref and |y|."""
+
+    s: float
+    ref: float
+    n: int
+
+
+def loss_by_hand(
+    name, w, l, beta=0, gamma=0, tau=0, lam=0, lam_w=0, lam_l=0, delta=0, alpha=0, z=0
+):
+    """A pair's loss in plain floats, from the formulas of the paper's Table 3."""
+    a_w, a_l, r_w, r_l = w.s / w.n, l.s / l.n, w.s - w.ref, l.s - l.ref
+
+    def log_odds(a):
+        return math.log(math.exp(a) / (1 - math.exp(a)))
+
+    def sigma(x):
+        return 1 / (1 + math.exp(-x))
+
+    return {
+        "simpo": lambda: -math.log(sigma(beta * a_w - beta * a_l - gamma)) + lam * -a_w,
+        "dpo": lambda: -math.log(sigma(beta * r_w - beta * r_l)),
+        "ipo": lambda: (r_w - r_l - 1 / (2 * tau)) ** 2,
+        "cpo": lambda: -math.log(sigma(beta * w.s - beta * l.s)) - lam * w.s,
+        "kto": lambda: -lam_w * sigma(beta * r_w - z) - lam_l * sigma(z - beta * r_l),
+        "orpo": lambda: -a_w - lam * math.log(sigma(log_odds(a_w) - log_odds(a_l))),
+        "rrhf": lambda: max(0, -a_w + a_l) - lam * w.s,
+        "slic": lambda: max(0, delta - w.s + l.s) - lam * w.s,
+        "rdpo": lambda: -math.log(sigma(beta * r_w - beta * r_l + alpha * (w.n - l.n))),
+        "sft": lambda: -a_w,
+    }[name]()
+
+
+def rewards_by_hand(name, answer, beta=0, tau=0, alpha=0, **_):
+    r = answer.s - answer.ref
+    kinds = {"simpo": beta * answer.s / answer.n, "cpo": beta * answer.s, "slic": answer.s}
+    kinds |= {"dpo": beta * r, "kto": beta * r, "ipo": tau * r, "rdpo": beta * r + alpha * answer.n}
+    return kinds.get(name, answer.s / answer.n)
+
+
+def answers(seed, count=12, least=-3.0, longest=40):
+    """Random (chosen, rejected) answers; a reference of its own for each."""
+    rng = random.Random(seed)
+
+    def one():
+        n = rng.randint(1, longest)
+        return Answer(n * rng.uniform(least, -0.05), n * rng.uniform(least, -0.05), n)
+
+    return [(one(), one()) for _ in range(count)]
+
+
+def sides(pairs, dtype=torch.float32, requires_grad=False):
+    """Pairs of Answers -> s, a, r and y as OBJECTIVES takes them, and the leaves [B] of s."""
+    columns = [[torch.tensor(x, dtype=dtype) for x in zip(*side)] for side in zip(*pairs)]
+    leaves = [s.requires_grad_(requires_grad) for s, _, _ in columns]
+    kinds = [(s, s / n, s - ref, n) for s, (_, ref, n) in zip(leaves, columns)]
+    return [simpo.Sides(*x) for x in zip(*kinds)], leaves
+
+
+every_objective = pytest.mark.parametrize("name", HYPER)
+
+
+@every_objective
+@pytest.mark.parametrize("hyper", [HYPER, OTHERS], ids=["defaults", "others"])
+def test_each_objective_is_the_formula_of_the_paper(name, hyper):
+    """Catches averages where sums belong, a wrong sign, a lost term, a default of its own."""
+    pairs = answers(seed=5)
+    given = {} if hyper is HYPER else hyper[name]  # the defaults are simpo.py's own
+    losses = simpo.OBJECTIVES[name](*sides(pairs)[0], **given)
+    expected = [loss_by_hand(name, w, l, **hyper[name]) for w, l in pairs]
+    assert losses.tolist() == pytest.approx(expected, rel=2e-5, abs=1e-6)
+
+
+@every_objective
+def test_rewards_are_what_each_objective_compares(name):
+    """Catches rewards of another method in the metrics, and a forgotten length term of R-DPO."""
+    pairs = answers(seed=6)
+    s, a, r, y = sides(pairs)[0]
+    averaged = name in ("simpo", "orpo", "rrhf", "sft")
+    assert (name in simpo.LENGTH_NORMALISED) == averaged
+    reference = torch.stack(s) - torch.stack(r) if name in simpo.NEEDS_REFERENCE else 0
+    logps = torch.stack(a if averaged else s)
+    rewards = simpo.implicit_rewards(logps, reference, torch.stack(y), **OTHERS[name])
+    expected = [[rewards_by_hand(name, x, **OTHERS[name]) for x in side] for side in zip(*pairs)]
+    assert rewards[0].tolist() == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
+    assert rewards[1].tolist() == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
+
+
+@every_objective
+def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_answer(name):
+    """Catches a sign: over random pairs, never the wrong way, and for most pairs the right way."""
+    options = {"tau": 0.001} if name == "ipo" else {}  # IPO turns round at a margin of 1/(2 tau)
+    quantities, (s_w, s_l) = sides(answers(seed=7, count=300), requires_grad=True)
+    simpo.OBJECTIVES[name](*quantities, **options).sum().backward()
+    assert (s_w.grad <= 0).all() and (s_w.grad < 0).float().mean() > 0.9
+    if name == "sft":
+        assert s_l.grad is None
+    else:
+        assert (s_l.grad >= 0).all() and (s_l.grad > 0).float().mean() > 0.3  # hinges rest
+
+
+@every_objective
+def test_a_pairs_loss_does_not_depend_on_the_other_pairs(name):
+    """Catches a mean over the batch inside an objective, by which micro-batches would matter."""
+    pairs, objective = answers(seed=8), simpo.OBJECTIVES[name]
+    together = objective(*sides(pairs)[0])
+    alone = [objective(*sides([pair])[0]).item() for pair in pairs]
+    assert together.tolist() == pytest.approx(alone, rel=1e-6)
+
+
+def twice_as_long(pairs):
+    return [tuple(Answer(2 * x.s, 2 * x.ref, 2 * x.n) for x in pair) for pair in pairs]
+
+
+@every_objective
+def test_length_matters_exactly_where_the_formula_says_so(name):
+    """Catches sums in SimPO, ORPO or SFT, and averages in the others: both answers are doubled."""
+    pairs = answers(seed=9, least=-0.5, longest=9)
+    once, twice = (
+        simpo.OBJECTIVES[name](*sides(x)[0]).tolist() for x in (pairs, twice_as_long(pairs))
+    )
+    if name in ("simpo", "orpo", "sft"):
+        assert twice == pytest.approx(once, rel=1e-5)
+    elif name == "rrhf":  # its ranking term is averaged, its SFT term is a sum
+        extra = [-HYPER[name]["lam"] * w.s for w, _ in pairs]
+        assert [y - x for x, y in zip(once, twice)] == pytest.approx(extra, rel=1e-4, abs=1e-5)
+    else:
+        expected = [loss_by_hand(name, w, l, **HYPER[name]) for w, l in twice_as_long(pairs)]
+        assert twice == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert all(abs(x - y) > 1e-5 for x, y in zip(once, twice))
+
+
+def test_the_ablation_without_length_normalisation_compares_sums():
+    """Catches --no_length_norm that changes nothing, or that drops beta or gamma on the way."""
+    pairs = answers(seed=10, least=-0.5, longest=9)
+    losses = simpo.OBJECTIVES["simpo"](*sides(pairs)[0], no_length_norm=True)
+    expected = [-log_sigmoid(2.5 * w.s - 2.5 * l.s - 1.4) for w, l in pairs]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_hinge_and_label_smoothing_of_simpo():
+    """Catches a hinge at the wrong place: 0 from a margin of gamma + 1 on, a line below."""
+    rejected = torch.tensor([-3.0, -1.5, -0.5])  # margins of reward 5, 2 and 0, minus gamma 0.5
+    chosen, options = torch.tensor([-0.5] * 3), {"beta": 2.0, "gamma": 0.5, "hinge": True}
+    losses = simpo.simpo_loss(chosen, rejected, **options)
+    assert losses.tolist() == pytest.approx([0.0, 0.0, 1.5])
+    losses = simpo.simpo_loss(chosen, rejected, **options, label_smoothing=0.2)
+    expected = [0.2 * 5.5, 0.2 * 2.5, 0.8 * 1.5 + 0.2 * 0.5]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_longer_chosen_answer_gets_a_smaller_gradient_from_rdpo():
+    """Catches the length term of R-DPO with its sign turned round."""
+    grads = []
+    for n in (5, 20, 80):  # the chosen answer's length; all else stays
+        quantities, (s_w, _) = sides([(Answer(-9.0, -8.0, n), Answer(-7.0, -7.5, 20))], **GRAD)
+        simpo.OBJECTIVES["rdpo"](*quantities).sum().backward()
+        grads.append(abs(s_w.grad.item()))
+    assert grads[0] > grads[1] > grads[2] > 0
+
+
+GRAD = {"requires_grad": True}
+EXTREMES = [-1e-8, -1e-6, -1e-3, -0.7, -7.0, -50.0]
+
+
+@every_objective
+def test_losses_and_gradients_are_finite_from_certain_to_hopeless_answers(name):
+    """Catches log(1 - p) at p = 1, and an overflow at a sum of -100,000."""
+    kinds = [Answer(a * n, a * n * f, n) for a in EXTREMES for n in (1, 2000) for f in (1, 0.5, 2)]
+    pairs = [(w, l) for w in kinds for l in kinds]
+    variants = [{}] + [{"hinge": True}, {"no_length_norm": True}, {"lam": 1.0}] * (name == "simpo")
+    for options in variants:
+        quantities, leaves = sides(pairs, **GRAD)
+        losses = simpo.OBJECTIVES[name](*quantities, **options)
+        assert losses.dtype == torch.float32 and losses.isfinite().all()
+        losses.sum().backward()
+        assert all(x.grad.isfinite().all() for x in leaves if x.grad is not None)
+
+
+def test_log_odds_keep_their_digits_near_certainty():
+    """Catches ORPO's log(1 - p) as 1 - exp(a), which is 0 in fp32 from a = -6e-8 on."""
+    a = torch.tensor([*EXTREMES, 0.0], requires_grad=True)
+    odds = simpo.log_odds(a)
+    expected = [x - math.log(-math.expm1(x)) for x in EXTREMES]  # in 53 bits
+    assert odds[:-1].tolist() == pytest.approx(expected, rel=1e-6)
+    odds.sum().backward()
+    slopes = [1 / -math.expm1(x) for x in EXTREMES]  # d log odds / da = 1 / (1 - p)
+    assert a.grad[:-1].tolist() == pytest.approx(slopes, rel=1e-5)
+    assert odds[-1].isfinite() and a.grad[-1].isfinite()  # p = 1 itself
+
+
+def test_the_defaults_of_the_function_to_copy_are_those_of_the_flags():
+    """Catches two homes of beta and gamma that drift apart."""
+    chosen, rejected = torch.tensor([-0.3, -2.0]), torch.tensor([-1.1, -0.4])
+    s, y = simpo.Sides(4 * chosen, 9 * rejected), simpo.Sides(torch.tensor(4), torch.tensor(9))
+    a = simpo.Sides(chosen, rejected)
+    through_the_table = simpo.OBJECTIVES["simpo"](s, a, s, y)
+    assert through_the_table.tolist() == simpo.simpo_loss(chosen, rejected).tolist()
+
+
 # ========================================================================= log-likelihood
 def some_pairs(seed=0, count=4):
     """Pairs of random token ids, of many lengths, that include the id that pads (3)."""
@@ -714,21 +941,94 @@ def test_longer_answers_of_the_same_likelihood_per_token_have_the_same_reward(tm
     assert steps_of(rows)[0]["loss"] == pytest.approx(math.log(264), rel=1e-6)
 
 
-def test_dpo_compares_sums_with_the_reference_model(place, tmp_path):
-    """Catches averages where DPO has sums, and a reference that is not --ref_model."""
-    reference = make_gpt2()
-    write_model(tmp_path / "reference", reference)
-    flags = ["--loss", "dpo", "--beta", 0.1, "--ref_model", tmp_path / "reference", *STILL]
-    _, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
-    rewards = []
+@pytest.fixture(scope="session")
+def nine_answers(place):
+    """(chosen, rejected) of NINE, scored token by token by "llama" and by another, "reference"."""
+    models, pairs = (make_llama(), make_gpt2()), []
+    write_model(place / "reference", models[1])
     for row in NINE:
-        prompt, *answers = ids_by_hand(row, make_tokenizer())
-        scores = [[slow_logps(m, prompt, a) for m in (make_llama(), reference)] for a in answers]
-        rewards.append([0.1 * (ours - theirs) for ours, theirs in scores])
-    (step,) = steps_of(rows)
-    assert step["rewards/chosen"] == pytest.approx(mean(w for w, _ in rewards), rel=1e-4)
-    assert step["rewards/rejected"] == pytest.approx(mean(l for _, l in rewards), rel=1e-4)
-    assert step["loss"] == pytest.approx(mean(-log_sigmoid(w - l) for w, l in rewards), rel=1e-4)
+        prompt, *ids = ids_by_hand(row, make_tokenizer())
+        scored = [[slow_logps(model, prompt, answer) for model in models] for answer in ids]
+        pairs.append([Answer(*logps, len(answer)) for logps, answer in zip(scored, ids)])
+    return pairs
+
+
+RUNS = {name: ([], {}) for name in HYPER} | {
+    "simpo with an SFT term": (["--lambda", 0.05], {"lam": 0.05}),
+    "simpo, gamma 0": (["--gamma", 0], {"gamma": 0}),
+    "dpo, beta 0.1": (["--beta", 0.1], {"beta": 0.1}),
+    "kto, weights": (["--lambda_w", 1.3, "--lambda_l", 0.6], {"lam_w": 1.3, "lam_l": 0.6}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_trains_and_reports_its_own_objective(name, nine_answers, place, tmp_path):
+    """Catches flags that do not arrive, a wrong reference, rewards of another method."""
+    loss, (flags, values) = re.split(r"\W", name)[0], RUNS[name]
+    if loss in ("dpo", "ipo", "kto", "rdpo"):
+        flags = [*flags, "--ref_model", place / "reference"]
+        pairs = nine_answers
+    else:
+        pairs = [[x._replace(ref=0.0) for x in pair] for pair in nine_answers]
+    data, flags = place / "nine.jsonl", ["--loss", loss, *flags, "--micro_batch_size", 2]
+    _, (step,) = run(place / "llama", data, tmp_path / "out", *flags, *STILL)
+    hyper = HYPER[loss] | values
+    rewards = [[rewards_by_hand(loss, x, **hyper) for x in pair] for pair in pairs]
+    if loss == "kto":  # the estimate of the KL divergence is over all 18 answers of the batch
+        hyper["z"] = max(0, mean(x for pair in rewards for x in pair))
+        assert hyper["z"] > 0.01
+    logps = [
+        [x.s / (x.n if loss in ("simpo", "orpo", "rrhf", "sft") else 1) for x in p] for p in pairs
+    ]
+    expected = {
+        "loss": mean(loss_by_hand(loss, *pair, **hyper) for pair in pairs),
+        "rewards/chosen": mean(w for w, _ in rewards),
+        "rewards/rejected": mean(l for _, l in rewards),
+        "rewards/margins": mean(w - l for w, l in rewards),
+        "rewards/accuracies": mean(float(w > l) for w, l in rewards),
+        "logps/chosen": mean(w for w, _ in logps),
+        "logps/rejected": mean(l for _, l in logps),
+    }
+    assert {key: step[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_ablation_of_length_normalisation_reports_sums(nine_answers, place, tmp_path):
+    """Catches --no_length_norm whose loss and rewards are not of the same quantity."""
+    data, flags = place / "nine.jsonl", ["--no_length_norm", "--hinge", *STILL]
+    _, (step,) = run(place / "llama", data, tmp_path / "out", *flags)
+    margins = [2.5 * w.s - 2.5 * l.s for w, l in nine_answers]
+    assert step["loss"] == pytest.approx(mean(max(0, 1 - (m - 1.4)) for m in margins), rel=1e-5)
+    assert step["rewards/margins"] == pytest.approx(mean(margins), rel=1e-5)
+    assert step["logps/chosen"] == pytest.approx(mean(w.s for w, _ in nine_answers), rel=1e-5)
+
+
+AT_THE_START = {
+    "dpo": (["--beta", 0.1], lambda n_w, n_l: math.log(2)),
+    "ipo": (["--tau", 0.4], lambda n_w, n_l: 1 / (4 * 0.4**2)),
+    "kto": (["--lambda_w", 1.5], lambda n_w, n_l: -(1.5 + 1.0) / 2),
+    "rdpo": (["--alpha", 0.2], lambda n_w, n_l: -log_sigmoid(0.2 * (n_w - n_l))),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_START)
+def test_the_reference_is_the_starting_policy(name, nine_answers, place, tmp_path):
+    """Catches a reference that moves with the policy, or is not it: the first loss is known."""
+    flags, expected = AT_THE_START[name]
+    _, rows = run(
+        place / "llama", place / "nine.jsonl", tmp_path / "out", "--loss", name, *flags, *STILL
+    )
+    losses = [expected(w.n, l.n) for w, l in nine_answers]
+    assert steps_of(rows)[0]["loss"] == pytest.approx(mean(losses), rel=1e-6)
+
+
+@every_objective
+def test_only_objectives_with_a_reference_compute_one(name, place, tmp_path, monkeypatch):
+    """Catches a reference that is scored, or even loaded, for a loss that never reads it."""
+    calls, real = [], simpo.score
+    monkeypatch.setattr(simpo, "train", lambda *_: calls.append("train"))
+    monkeypatch.setattr(simpo, "score", lambda *a, **k: calls.append(a[0]) or real(*a, **k))
+    run(place / "llama", place / "nine.jsonl", tmp_path / "out", "--loss", name)
+    assert (calls[0] != "train") == (name in ("dpo", "ipo", "kto", "rdpo"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -769,17 +1069,21 @@ CUTS = {
 }
 
 
-@pytest.fixture(scope="session", params=["simpo", "sft"])
+@pytest.fixture(scope="session", params=["simpo", "sft", "kto"])
 def in_fours(request, place):
-    """One objective, trained with four pairs in one pass, and by two processes -> two folders."""
-    flags = [*FOURS, "--loss", request.param, "--eval_dataset", place / "seven.jsonl"]
-    one, two = place / f"one_{request.param}", place / f"two_{request.param}"
+    """One objective, trained with four pairs in one pass, and by two processes: its name, its
+    flags and the two folders."""
+    loss, flags = request.param, [*FOURS, "--loss", request.param]
+    flags += ["--eval_dataset", place / "seven.jsonl"]
+    if loss == "kto":
+        flags += ["--ref_model", write_model(place / "other", make_gpt2())]
+    one, two = place / f"one_{loss}", place / f"two_{loss}"
     run(place / "llama", place / "nine.jsonl", one, *flags, "--micro_batch_size", 4)
     source = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
-    micro = {"simpo": 1, "sft": 2}[request.param]  # with and without accumulation
+    micro = {"simpo": 1, "sft": 2, "kto": 1}[loss]  # with and without accumulation
     done = torchrun(2, *source, "--output_dir", two, *flags, "--micro_batch_size", micro)
     assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, one, two
+    return loss, flags, one, two
 
 
 def assert_same_training(one, two):
@@ -801,33 +1105,34 @@ def assert_same_training(one, two):
 @pytest.mark.parametrize("cut", CUTS)
 def test_how_a_batch_is_cut_changes_nothing(cut, in_fours, place, tmp_path):
     """Catches a loss that is not divided by the number of accumulated passes, or divided twice."""
-    loss, one, _ = in_fours
-    flags = [*FOURS, *CUTS[cut], "--loss", loss, "--eval_dataset", place / "seven.jsonl"]
-    run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    _, flags, one, _ = in_fours
+    run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags, *CUTS[cut])
     assert_same_training(one, tmp_path / "out")
 
 
 def test_two_processes_train_exactly_what_one_does(in_fours):
     """Catches gradients and metrics of rank 0 alone, and a batch that grows with the processes."""
-    _, one, two = in_fours
+    *_, one, two = in_fours
     assert len(steps_of(read_metrics(two))) == 3
     assert_same_training(one, two)
 
 
 def test_an_evaluation_on_two_processes_is_the_mean_over_all_pairs(in_fours):
     """Catches a mean of means and pairs that are counted twice: 7 pairs do not halve evenly."""
-    loss, _, two = in_fours
-    before, after = evaluations_of(read_metrics(two))
-    averages = [slow_averages(make_llama(), make_tokenizer(), row) for row in SEVEN]
-    by_hand = {
-        "simpo": simpo_by_hand(averages)["loss"],
-        "sft": -mean(w for w, _ in averages),
-    }
-    assert before["loss"] == pytest.approx(by_hand[loss], rel=1e-5)
-    trained = transformers.AutoModelForCausalLM.from_pretrained(two)
-    chosen = mean(slow_averages(trained, make_tokenizer(), row)[0] for row in SEVEN)
-    assert after["logps/chosen"] == pytest.approx(chosen, rel=1e-5)
-    assert after["loss"] < before["loss"] - 1e-3  # it did learn
+    loss, _, _, two = in_fours
+    tokenizer, trained = make_tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(two)
+    for metrics, model in zip(evaluations_of(read_metrics(two)), (make_llama(), trained)):
+        pairs, hyper = [], dict(HYPER[loss])
+        for row in SEVEN:
+            prompt, *ids = ids_by_hand(row, tokenizer)
+            logps = [[slow_logps(m, prompt, x) for m in (model, make_gpt2())] for x in ids]
+            pairs.append([Answer(*s, len(x)) for s, x in zip(logps, ids)])
+        if loss == "kto":
+            hyper["z"] = max(0, mean(0.1 * (x.s - x.ref) for pair in pairs for x in pair))
+        by_hand = mean(loss_by_hand(loss, *pair, **hyper) for pair in pairs)
+        assert metrics["loss"] == pytest.approx(by_hand, rel=1e-5)
+    losses = [step["loss"] for step in steps_of(read_metrics(two))]
+    assert len({f"{loss:.3f}" for loss in losses}) == 3  # the weights did change
 
 
 def test_a_smaller_last_batch_is_divided_by_its_own_number_of_pairs(place, tmp_path):
@@ -1154,6 +1459,13 @@ BAD_FLAGS = {  # flags -> what the line must say besides the first flag
     "--lerning_rate 1e-6": [],
     "--batch 8": [],  # no abbreviations: tomorrow's flag may begin with the same letters
     "--ref_model x": ["simpo"],
+    "--tau 0.1": ["simpo", "gamma"],
+    "--gamma 1 --loss orpo": ["orpo", "lam"],
+    "--lam_w 1 --loss dpo": ["dpo", "beta"],
+    "--no_length_norm --loss rrhf": ["rrhf"],
+    "--gamma -1": ["-1"],
+    "--lr inf": ["inf"],
+    "--tau 0 --loss ipo": ["0"],
 }
 
 
@@ -1162,6 +1474,19 @@ def test_a_bad_flag_gets_one_line_that_names_it(flags, mistake):
     """Catches forty lines of usage, and values that are taken and then mean nothing."""
     line, words = mistake(*flags.split()), [flags.split()[0], *BAD_FLAGS[flags]]
     assert [word for word in words if word not in line] == []
+
+
+def test_help_names_every_flag_with_its_default_and_its_readers(monkeypatch, capsys):
+    """Catches flags without help, and a --beta of which nobody knows whose default it has."""
+    code, shown, _ = command_line(monkeypatch, capsys, "--help")
+    shown = " ".join(shown.split())
+    assert code == 0
+    for name, hyper in HYPER.items():
+        for flag, default in hyper.items():
+            entry = shown.split(f" --{flag} ")[-1].replace(", --", ", ").split(" --")[0]
+            assert re.search(rf"\b{name} {default}\b", entry), (name, flag, entry)
+    for words in ("--lambda", "--no_length_norm", "(1e-06)", "(128)", "objective:", "training:"):
+        assert words in shown
 
 
 @pytest.mark.parametrize("flag", ["--model", "--dataset"])
