@@ -76,13 +76,6 @@ def dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-def simpo(
-    s, a, *_, beta=2.5, gamma=1.4, label_smoothing=0.0, hinge=False, lam=0.0, no_length_norm=False
-):
-    compared = s if no_length_norm else a  # s: the ablation of Table 5
-    return simpo_loss(*compared, beta, gamma, label_smoothing, hinge) - lam * a.w
-
-
 def log_odds(a: Tensor) -> Tensor:
     """log p / (1 - p) of p = exp(a); expm1 keeps its digits where p is almost 1."""
     return a - torch.log(-torch.expm1(a.clamp(max=-1e-9)))
@@ -90,14 +83,16 @@ def log_odds(a: Tensor) -> Tensor:
 
 # Table 3 of the paper: name -> losses [B] of B pairs. s = log pi(y|x), in nats; a = s / |y|;
 # r = s - s_ref, the log-ratio to the reference; y = |y|, in tokens: each of the chosen answers, .w,
-# and of the rejected, .l. After the * stand the hyperparameters and their defaults: they are the
-# flags. z estimates KL(policy, reference): the mean of beta r over a step's answers, 0 at least.
+# and of the rejected, .l. After the * stand the hyperparameters and their defaults: they are flags.
+# KTO's z estimates KL(policy, reference): the mean of beta r over a step's answers, 0 at least.
 Sides = namedtuple("Sides", "w l")
 OBJECTIVES = {
-    "simpo": simpo,
+    "simpo": lambda s, a, r, y, *, no_length_norm=False, lam=0.0, **options: (
+        simpo_loss(*(s if no_length_norm else a), **options) - lam * a.w
+    ),
     "dpo": lambda s, a, r, y, *, beta=0.01, label_smoothing=0.0: dpo_loss(
         *r, 0, 0, beta, label_smoothing
-    ),  # r has the reference in it
+    ),  # the reference is in r
     "ipo": lambda s, a, r, y, *, tau=0.1: (r.w - r.l - 1 / (2 * tau)) ** 2,
     "cpo": lambda s, a, r, y, *, beta=0.1, lam=1.0: -F.logsigmoid(beta * (s.w - s.l)) - lam * s.w,
     "kto": lambda s, a, r, y, z=0.0, *, beta=0.1, lam_w=1.0, lam_l=1.0: (
@@ -111,7 +106,8 @@ OBJECTIVES = {
     ),
     "sft": lambda s, a, r, y: -a.w,
 }
-HYPERPARAMETERS = {name: loss.__kwdefaults__ or {} for name, loss in OBJECTIVES.items()}
+HYPERPARAMETERS = {name: dict(loss.__kwdefaults__ or {}) for name, loss in OBJECTIVES.items()}
+HYPERPARAMETERS["simpo"] |= zip([*simpo_loss.__annotations__][2:], simpo_loss.__defaults__)
 NEEDS_REFERENCE = {"dpo", "ipo", "kto", "rdpo"}
 LENGTH_NORMALISED = {"simpo", "orpo", "rrhf", "sft"}  # these compare averages a, the others sums
 
@@ -620,10 +616,10 @@ def main(argv: list[str] | None = None) -> dict:
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
     steps = config.max_steps if config.max_steps > 0 else per_epoch * config.epochs
     micro, share = config.micro_batch_size, config.batch_size // WORLD_SIZE
-    hyper = [f"{name} {getattr(config, name)}" for name in HYPERPARAMETERS[config.loss]]
+    hyper = [f"{k} {x}" for k, x in vars(config).items() if k in HYPERPARAMETERS[config.loss]]
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
     print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
-    print(f"steps        {steps}; {config.loss}, {', '.join(hyper)}")
+    print(f"steps        {steps}; {', '.join([config.loss, *hyper])}")
     status, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": None if status else commit}
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
