@@ -1,4 +1,4 @@
-"""SimPO, Simple Preference Optimization with a Reference-Free Reward, in one file.
+"""SimPO, Simple Preference Optimization with a Reference-Free Reward, and its rivals, in one file.
 
 For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:2405.14734):
 
@@ -451,9 +451,7 @@ def score(policy, pairs, indices, reference, config, backward=False, z=None) -> 
     """METRICS of the pairs at `indices`, [B, K], by all processes together; reference: logps of all
     pairs, [., 2]. backward=True leaves the gradient of the mean loss, however it is cut."""
     options = {name: getattr(config, name) for name in HYPERPARAMETERS[config.loss]}
-    if (
-        config.loss == "kto" and z is None
-    ):  # of all these pairs, however they are cut: a pass before
+    if config.loss == "kto" and z is None:  # of all these pairs, however cut: a pass before
         z = score(policy, pairs, indices, reference, config, z=0)[:, 1:3].mean().clamp(min=0)
     options |= {"z": z} if config.loss == "kto" else {}
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
@@ -543,6 +541,7 @@ def build_demo(config: Config) -> tuple:
     """A tiny Llama that answers with a word's letters sorted up (chosen) or down (rejected).
     Some "!" follow, more after the chosen ones: in real data, too, these tend to be longer.
     """
+    print("This is a demo; --model and --dataset, hub ids or local paths, train a real model")
     torch.manual_seed(config.seed)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)  # bytes: nothing to download
     letters = 97 + torch.rand(6000, 14).argsort(1)[:, :4]  # four different ones, from a to n
@@ -590,7 +589,6 @@ def main(argv: list[str] | None = None) -> dict:
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()
     if config.model is None:
-        print("This is a demo; --model and --dataset, hub ids or local paths, train a real model")
         tokenizer, policy, pairs, held_out = build_demo(config)
     else:
         with blame(f"--model {config.model}", config.model):
@@ -608,13 +606,12 @@ def main(argv: list[str] | None = None) -> dict:
         scorer = load_policy("ref_model", config.ref_model, config) if config.ref_model else policy
         for i, data in enumerate((pairs, held_out)):
             which = range(len(data))[: config.inspect or None]
-            table = score(scorer, data, which, references[i], config, z=0)
-            references[i] = table[:, 5:7]  # logps/*
+            references[i] = score(scorer, data, which, references[i], config, z=0)[:, 5:7]
         del scorer
     if config.inspect:
         return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
-    steps = config.max_steps if config.max_steps > 0 else per_epoch * config.epochs
+    steps = config.max_steps or per_epoch * config.epochs
     micro, share = config.micro_batch_size, config.batch_size // WORLD_SIZE
     hyper = [f"{k} {x}" for k, x in vars(config).items() if k in HYPERPARAMETERS[config.loss]]
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")

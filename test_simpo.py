@@ -14,6 +14,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import socket
 import subprocess
 import sys
@@ -992,6 +993,16 @@ def test_a_run_trains_and_reports_its_own_objective(name, nine_answers, place, t
     assert {key: step[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 
+def test_ktos_estimate_of_the_divergence_is_never_negative(nine_answers, place, tmp_path):
+    """Catches z below 0, which no KL divergence is: here the policy finds all less likely."""
+    pairs = [[x._replace(s=x.ref, ref=x.s) for x in pair] for pair in nine_answers]
+    assert mean(x.s - x.ref for pair in pairs for x in pair) < -0.1
+    flags = ["--loss", "kto", "--ref_model", place / "llama", *STILL]
+    _, (step,) = run(place / "reference", place / "nine.jsonl", tmp_path / "out", *flags)
+    by_hand = mean(loss_by_hand("kto", *pair, **HYPER["kto"], z=0) for pair in pairs)
+    assert step["loss"] == pytest.approx(by_hand, rel=1e-4)
+
+
 def test_the_ablation_of_length_normalisation_reports_sums(nine_answers, place, tmp_path):
     """Catches --no_length_norm whose loss and rewards are not of the same quantity."""
     data, flags = place / "nine.jsonl", ["--no_length_norm", "--hinge", *STILL]
@@ -1489,6 +1500,33 @@ def test_help_names_every_flag_with_its_default_and_its_readers(monkeypatch, cap
         assert words in shown
 
 
+README = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+COMMANDS = re.findall(r"^ {4}.*simpo\.py(.*)$", README, re.MULTILINE)
+COMMANDS += re.findall(r"`python simpo\.py (.*?)`", README)
+
+
+@pytest.mark.parametrize("command", [x for x in COMMANDS if "--help" not in x])
+def test_every_command_of_the_readme_is_understood(command, tmp_path, monkeypatch):
+    """Catches a README that names flags of yesterday."""
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    config = simpo.parse_config(words)
+    for flag, value in zip(words, [*words[1:], "--"]):
+        if flag.startswith("--") and not value.startswith("--"):
+            parsed = getattr(config, flag[2:])
+            assert parsed == type(parsed)(value)
+
+
+def test_the_readmes_ratios_are_gamma_over_beta_of_its_commands():
+    """Catches a conversion for users of the official code that is off by a factor."""
+    recipes = [re.findall(r"--(?:beta|gamma|lr) (\S+)", x) for x in COMMANDS if "--gamma" in x]
+    table = re.findall(r"^\| (\S.*?) \| (\S+) \| (\S+) \| (0\.\d+) \|", README, re.MULTILINE)
+    assert len(table) == 6
+    for _, beta, gamma, ratio in table:
+        assert float(ratio) == pytest.approx(float(gamma) / float(beta))
+        assert [beta, gamma] in [recipe[:2] for recipe in recipes]
+
+
 @pytest.mark.parametrize("flag", ["--model", "--dataset"])
 def test_model_and_dataset_go_together(flag, tmp_path, monkeypatch, capsys):
     """Catches a forgotten flag that would start the demo instead of the training."""
@@ -1566,15 +1604,31 @@ def test_a_mistake_ends_all_processes_and_is_told_once(flags, place, tmp_path):
 
 
 # ========================================================================= the demo
-@pytest.mark.skipif(os.environ.get("SIMPO_SLOW") != "1", reason="half a minute; SIMPO_SLOW=1")
-def test_the_demo_learns_what_it_should(tmp_path):
-    """Catches a demo that runs without learning: sampled answers must turn right."""
-    out = tmp_path / "demo"
-    done = fresh_process(SCRIPT, "--output_dir", out)
+SLOW = pytest.mark.skipif(os.environ.get("SIMPO_SLOW") != "1", reason="a minute; SIMPO_SLOW=1")
+
+
+def demo(out, *flags):
+    """`python simpo.py` with these flags -> the first and the last evaluation."""
+    done = fresh_process(SCRIPT, "--output_dir", out, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for row in read_metrics(out) if "eval/win_rate" in row]
-    first, last = rows[0], rows[-1]
-    assert first["step"] == 0 and last["step"] == max(row["step"] for row in read_metrics(out))
+    assert rows[0]["step"] == 0 and rows[-1]["step"] == 100
+    return rows[0], rows[-1]
+
+
+@SLOW
+def test_the_demo_learns_what_it_should(tmp_path):
+    """Catches a demo that runs without learning: sampled answers must turn right."""
+    first, last = demo(tmp_path / "demo")
     assert 0.40 <= first["eval/win_rate"] <= 0.60
     assert last["eval/win_rate"] >= 0.85
     assert last["eval/rewards/accuracies"] >= 0.95
+    assert last["eval/answer_length"] < first["eval/answer_length"] + 2
+
+
+@SLOW
+def test_without_length_normalisation_the_demos_answers_grow(tmp_path):
+    """Catches an ablation that does nothing: sums are raised by length alone."""
+    first, last = demo(tmp_path / "demo", "--no_length_norm")
+    assert last["eval/rewards/accuracies"] >= 0.95
+    assert last["eval/answer_length"] > first["eval/answer_length"] + 3
