@@ -25,7 +25,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -241,12 +240,11 @@ def collate(pairs: list[dict], pad_token_id: int = 0) -> dict[str, Tensor]:
     """B tokenized pairs -> what ResponseLogps.forward takes: R = 2B rows, the chosen ones first.
     Padding is on the right, where no token of a causal model sees it: so there is no mask."""
     rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
-    starts = torch.tensor([[len(prompt)] for prompt, _ in rows])  # [R, 1]
-    ends = starts + torch.tensor([[len(answer)] for _, answer in rows])  # [R, 1]
     ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
+    which = [torch.tensor([False] * len(prompt) + [True] * len(answer)) for prompt, answer in rows]
     input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
+    scored = nn.utils.rnn.pad_sequence(which, batch_first=True)  # [R, T] by place, never by value
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)  # [R, T]
-    scored = (position_ids >= starts) & (position_ids < ends)  # [R, T] by place, never by value
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
@@ -617,8 +615,8 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
     print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
     print(f"steps        {steps}; {', '.join([config.loss, *hyper])}")
-    status, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": None if status else commit}
+    commit = os.popen(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-").read().strip()
+    record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": commit or None}
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
