@@ -80,43 +80,44 @@ def log_odds(a: Tensor) -> Tensor:
     return a - torch.log(-torch.expm1(a.clamp(max=-1e-9)))
 
 
-# Table 3 of the paper: name -> losses [B] of B pairs. s = log pi(y|x), in nats; a = s / |y|;
-# r = s - s_ref, the log-ratio to the reference; y = |y|, in tokens: each of the chosen answers, .w,
-# and of the rejected, .l. After the * stand the hyperparameters and their defaults: they are flags.
-# KTO's z estimates KL(policy, reference): the mean of beta r over a step's answers, 0 at least.
+# Table 3 of the paper: name -> losses [B]. s = log pi(y|x), a = s / |y|, the log-ratio to the
+# reference r = s - s_ref, and n = |y| have .w, of the chosen answers, and .l, of the rejected, [B].
+# After the * stand the hyperparameters, which are flags, and their defaults. KTO's z is an estimate
+# of KL(policy, reference): the mean of beta r over all answers of a step, but 0 at least.
 Sides = namedtuple("Sides", "w l")
 OBJECTIVES = {
-    "simpo": lambda s, a, r, y, *, no_length_norm=False, lam=0.0, **options: (
+    "simpo": lambda s, a, r, n, *, no_length_norm=False, lam=0.0, **options: (
         simpo_loss(*(s if no_length_norm else a), **options) - lam * a.w
     ),
-    "dpo": lambda s, a, r, y, *, beta=0.01, label_smoothing=0.0: dpo_loss(
+    "dpo": lambda s, a, r, n, *, beta=0.01, label_smoothing=0.0: dpo_loss(
         *r, 0, 0, beta, label_smoothing
     ),  # the reference is in r
-    "ipo": lambda s, a, r, y, *, tau=0.1: (r.w - r.l - 1 / (2 * tau)) ** 2,
-    "cpo": lambda s, a, r, y, *, beta=0.1, lam=1.0: -F.logsigmoid(beta * (s.w - s.l)) - lam * s.w,
-    "kto": lambda s, a, r, y, z=0.0, *, beta=0.1, lam_w=1.0, lam_l=1.0: (
-        -lam_w * torch.sigmoid(beta * r.w - z) - lam_l * torch.sigmoid(z - beta * r.l)
+    "ipo": lambda s, a, r, n, *, tau=0.1: (r.w - r.l - 1 / (2 * tau)) ** 2,  # of sums, as printed
+    "cpo": lambda s, a, r, n, *, beta=0.1, lam=1.0: -F.logsigmoid(beta * (s.w - s.l)) - lam * s.w,
+    "kto": lambda s, a, r, n, z=0.0, *, beta=0.1, lambda_w=1.0, lambda_l=1.0: (
+        -lambda_w * torch.sigmoid(beta * r.w - z) - lambda_l * torch.sigmoid(z - beta * r.l)
     ),
-    "orpo": lambda s, a, r, y, *, lam=0.1: -a.w - lam * F.logsigmoid(log_odds(a.w) - log_odds(a.l)),
-    "rrhf": lambda s, a, r, y, *, lam=1.0: F.relu(a.l - a.w) - lam * s.w,
-    "slic": lambda s, a, r, y, *, delta=1.0, lam=1.0: F.relu(delta - s.w + s.l) - lam * s.w,
-    "rdpo": lambda s, a, r, y, *, beta=0.1, alpha=0.05: (
-        -F.logsigmoid(beta * (r.w - r.l) + alpha * (y.w - y.l))
+    "orpo": lambda s, a, r, n, *, lam=0.1: -a.w - lam * F.logsigmoid(log_odds(a.w) - log_odds(a.l)),
+    "rrhf": lambda s, a, r, n, *, lam=1.0: F.relu(a.l - a.w) - lam * s.w,
+    "slic": lambda s, a, r, n, *, delta=1.0, lam=1.0: F.relu(delta - s.w + s.l) - lam * s.w,
+    "rdpo": lambda s, a, r, n, *, beta=0.1, alpha=0.05: (
+        -F.logsigmoid(beta * (r.w - r.l) + alpha * (n.w - n.l))
     ),
-    "sft": lambda s, a, r, y: -a.w,
+    "sft": lambda s, a, r, n: -a.w,
 }
 HYPERPARAMETERS = {name: dict(loss.__kwdefaults__ or {}) for name, loss in OBJECTIVES.items()}
+# SimPO's other four stand in the signature of simpo_loss, after its two tensors.
 HYPERPARAMETERS["simpo"] |= zip([*simpo_loss.__annotations__][2:], simpo_loss.__defaults__)
 NEEDS_REFERENCE = {"dpo", "ipo", "kto", "rdpo"}
 LENGTH_NORMALISED = {"simpo", "orpo", "rrhf", "sft"}  # these compare averages a, the others sums
 
 
-def implicit_rewards(logps, s_ref, y, beta=1.0, tau=1.0, alpha=0.0, **others) -> Tensor:
+def implicit_rewards(logps, s_ref, n, beta=1.0, tau=1.0, alpha=0.0, **others) -> Tensor:
     """What each objective holds for the reward of an answer; the metrics rewards/* are these.
-    SimPO: beta a; DPO, KTO: beta r; IPO: tau r; CPO: beta s; R-DPO: beta r + alpha |y|, for its
-    policy is the best under that reward less alpha |y|; ORPO, RRHF, SFT: a; SLiC: s.
+    SimPO: beta a; DPO, KTO: beta r; IPO: tau r; CPO: beta s; ORPO, RRHF, SFT: a; SLiC: s.
+    R-DPO seeks reward - alpha |y|, so the reward is beta r + alpha |y|.
     """
-    return beta * tau * (logps - s_ref) + alpha * y  # s_ref is 0 without a reference
+    return beta * tau * (logps - s_ref) + alpha * n  # no objective has both beta and tau
 
 
 # ------------------------------------------------------------------------------ log-likelihood
@@ -331,8 +332,8 @@ class Config:
     no_length_norm: Annotated[bool | None, "the ablation: sums in place of averages"] = None
     lam: Annotated[float | None, "weight of the SFT term, or of the odds ratio", "--lambda"] = None
     tau: Annotated[float | None, "strength of the regularisation"] = None
-    lam_w: Annotated[float | None, "weight of chosen answers", "--lambda_w"] = None
-    lam_l: Annotated[float | None, "weight of rejected answers", "--lambda_l"] = None
+    lambda_w: Annotated[float | None, "weight of chosen answers"] = None
+    lambda_l: Annotated[float | None, "weight of rejected answers"] = None
     delta: Annotated[float | None, "target margin, in nats"] = None
     alpha: Annotated[float | None, "penalty per token of an answer"] = None
     ref_model: Annotated[str | None, "the reference, if any; unset: the starting policy"] = None
@@ -359,8 +360,11 @@ class Config:
 
 GROUPS = {"model": "model and data", "loss": "objective", "lr": "training", "output_dir": "output"}
 CHOICES = {"loss": OBJECTIVES, "dtype": ("bf16", "fp32")}
-ABOVE_0 = {"beta", "tau", "lr", "batch_size", "epochs", "max_length", "log_every"}
+ABOVE_0 = {"beta", "tau", "lr", "epochs", "log_every", "batch_size", "micro_batch_size"}
+ABOVE_0 |= {"max_length", "max_prompt_length"}
 DEMO = {"lr": 3e-5, "batch_size": 32, "max_steps": 100, "output_dir": "simpo_demo"}
+NOT_IN_DEMO = {"eval_dataset", "train_split", "eval_split", "ref_model", "epochs"}
+NOT_IN_DEMO |= {"max_length", "max_prompt_length", "gradient_checkpointing"}
 
 
 def parse_config(argv: list[str] | None) -> Config:
@@ -383,23 +387,27 @@ def parse_config(argv: list[str] | None) -> Config:
     read = HYPERPARAMETERS[given.get("loss", Config.loss)]
     demo = {} if given.keys() & {"model", "dataset"} else DEMO
     c = Config(**demo | read | given)
+    for name, x in vars(c).items():
+        if isinstance(x, (int, float)) and not (0 < x < math.inf or x == 0 and name not in ABOVE_0):
+            least = "above 0" if name in ABOVE_0 else "0 or more"
+            raise UserError(f"--{name} {x}: use a finite number, {least}")
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
     c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
-    for name, x in vars(c).items():
-        if isinstance(x, (int, float)) and not (0 < x < math.inf or x == 0 and name not in ABOVE_0):
-            raise UserError(f"--{name} {x} is not {'above' if name in ABOVE_0 else 'at least'} 0")
-    every = {name for own in HYPERPARAMETERS.values() for name in own}
+    every = set().union(*HYPERPARAMETERS.values())
     strange = " ".join(f"--{name}" for name in given if name in every and name not in read)
+    idle = " ".join(f"--{name}" for name in given if demo and name in NOT_IN_DEMO)
     fresh = c.overwrite or c.inspect or (demo and "output_dir" not in given)
     taken = not fresh and (Path(c.output_dir) / "config.json").exists()
     over = c.batch_size % (WORLD_SIZE * c.micro_batch_size)
     parts = f"{WORLD_SIZE} processes x {c.micro_batch_size} pairs"
     for wrong, message in (
         (unknown, f"{' '.join(unknown)}: there is no such flag"),
+        (idle, f"{idle}: not for the demo, which runs without --model and --dataset"),
         (strange, f"{strange}: not for --loss {c.loss}, which reads {', '.join(read) or 'none'}"),
         (bool(c.model) != bool(c.dataset), "--model needs --dataset, and the other way round"),
         ((c.label_smoothing or 0) > 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
+        (c.warmup_ratio > 1, f"--warmup_ratio {c.warmup_ratio}: use 0 to 1"),
         (over, f"--batch_size {c.batch_size} is no multiple of {parts}"),
         (c.ref_model and c.loss not in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
@@ -418,7 +426,7 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torc
 METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
 METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
 BAR = {"loss", *METRICS[3:5], "lr", "tokens_per_second"}  # on the progress bar
-END = BAR | {"chosen_drift", "win_rate", "answer_length"}  # in the closing lines
+END = BAR | {"chosen_drift", "win_rate", "answer_length"}  # in the closing lines, too
 
 
 def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on a CPU
@@ -446,8 +454,8 @@ def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
 
 # ------------------------------------------------------------------------------ training
 def score(policy, pairs, indices, reference, config, backward=False, z=None) -> Tensor:
-    """METRICS of the pairs at `indices`, [B, K], by all processes together; reference: logps of all
-    pairs, [., 2]. backward=True leaves the gradient of the mean loss, however it is cut."""
+    """METRICS of the pairs at `indices`, a row each, by all processes together; reference: logps of
+    all pairs, [., 2]. backward=True leaves the gradient of the mean loss, however it is cut."""
     options = {name: getattr(config, name) for name in HYPERPARAMETERS[config.loss]}
     if config.loss == "kto" and z is None:  # of all these pairs, however cut: a pass before
         z = score(policy, pairs, indices, reference, config, z=0)[:, 1:3].mean().clamp(min=0)
@@ -463,14 +471,15 @@ def score(policy, pairs, indices, reference, config, backward=False, z=None) -> 
         batch = {key: x.to(DEVICE) for key, x in collate(rows).items()}
         with torch.set_grad_enabled(backward):
             with torch.autocast(DEVICE.type, torch.bfloat16, config.dtype == "bf16"):
-                s, y = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
-            a, s_ref = s / y, reference[[indices[i] for i in mine]].T.to(DEVICE, torch.float32)
-            losses = OBJECTIVES[config.loss](*(Sides(*x) for x in (s, a, s - s_ref, y)), **options)
+                s, n = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
+            a = s / n  # the length normalisation
+            s_ref = reference[[indices[i] for i in mine]].T.to(DEVICE, torch.float32)  # or 0
+            losses = OBJECTIVES[config.loss](*(Sides(*x) for x in (s, a, s - s_ref, n)), **options)
             if backward:  # DDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
         logps = a if config.loss in LENGTH_NORMALISED and not config.no_length_norm else s
-        rw, rl = implicit_rewards(logps, s_ref, y, **options)
-        tokens = y.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
+        rw, rl = implicit_rewards(logps, s_ref, n, **options)
+        tokens = n.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
         columns = [losses, rw, rl, rw - rl, rw > rl, *logps, *a, tokens]
         table[mine] = weight * torch.stack([x.detach().double() for x in columns], dim=1)
     if WORLD_SIZE > 1:
@@ -503,11 +512,11 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
             rows = [pairs[i]["row"] for i in bad or batch]
             log({"step": step, "skipped_rows": rows})
             print(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
+            if skipped == 10:
+                bar.close()
+                raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         else:
             optimizer.step()
-        if skipped == 10:
-            bar.close()
-            raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         optimizer.zero_grad()
         schedule.step()
         if not skipped and (step % config.log_every == 0 or step == steps):
@@ -563,6 +572,8 @@ def build_demo(config: Config) -> tuple:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    for weight in policy.parameters() if WORLD_SIZE > 1 else ():  # fits on GPUs differ a little
+        torch.distributed.broadcast(weight.data, 0)
     return tokenizer, policy, pairs[200:], pairs[:200]
 
 
@@ -581,9 +592,10 @@ def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; -> the metrics of the last evaluation."""
     sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
     transformers.logging.set_verbosity_error()
-    config, counts, held_out, start = parse_config(argv), {}, [], {}
+    config, counts, held_out, baseline = parse_config(argv), {}, [], {}
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
+        torch.cuda.reset_peak_memory_stats()
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()
     if config.model is None:
@@ -615,7 +627,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
     print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
     print(f"steps        {steps}; {', '.join([config.loss, *hyper])}")
-    commit = os.popen(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-").read().strip()
+    commit = os.popen(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2>&-').read().strip()
     record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": commit or None}
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     if RANK == 0:
@@ -640,7 +652,7 @@ def main(argv: list[str] | None = None) -> dict:
         table = score(policy, held_out, range(len(held_out)), references[1], config)
         *means, average, _, _ = table.mean(0).tolist()
         row = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
-        row["eval/chosen_drift"] = average - start.setdefault("average", average)
+        row["eval/chosen_drift"] = average - baseline.setdefault("average", average)
         row |= {} if config.model else judge(policy.model, tokenizer, held_out)
         log({"step": step} | row)
         return row
@@ -665,6 +677,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as e:
-        if LOCAL_RANK == 0:
-            print(f"simpo.py: error: {e}", file=sys.stderr)
+        if LOCAL_RANK > 0:  # if the first process has told it already, torchrun ends this one
+            time.sleep(5)
+        print(f"simpo.py: error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -382,7 +382,7 @@ HYPER = {  # the defaults, as the README's table has them
     "dpo": {"beta": 0.01},
     "ipo": {"tau": 0.1},
     "cpo": {"beta": 0.1, "lam": 1.0},
-    "kto": {"beta": 0.1, "lam_w": 1.0, "lam_l": 1.0},
+    "kto": {"beta": 0.1, "lambda_w": 1.0, "lambda_l": 1.0},
     "orpo": {"lam": 0.1},
     "rrhf": {"lam": 1.0},
     "slic": {"delta": 1.0, "lam": 1.0},
@@ -394,7 +394,7 @@ OTHERS = {  # and other values, no two of them equal
     "dpo": {"beta": 0.3},
     "ipo": {"tau": 0.7},
     "cpo": {"beta": 0.4, "lam": 0.6},
-    "kto": {"beta": 0.2, "lam_w": 1.3, "lam_l": 0.7, "z": 0.45},
+    "kto": {"beta": 0.2, "lambda_w": 1.3, "lambda_l": 0.7, "z": 0.45},
     "orpo": {"lam": 2.0},
     "rrhf": {"lam": 0.1},
     "slic": {"delta": 3.0, "lam": 0.2},
@@ -412,7 +412,7 @@ class Answer(NamedTuple):
 
 
 def loss_by_hand(
-    name, w, l, beta=0, gamma=0, tau=0, lam=0, lam_w=0, lam_l=0, delta=0, alpha=0, z=0
+    name, w, l, beta=0, gamma=0, tau=0, lam=0, lambda_w=0, lambda_l=0, delta=0, alpha=0, z=0
 ):
     """A pair's loss in plain floats, from the formulas of the paper's Table 3."""
     a_w, a_l, r_w, r_l = w.s / w.n, l.s / l.n, w.s - w.ref, l.s - l.ref
@@ -428,7 +428,7 @@ def loss_by_hand(
         "dpo": lambda: -math.log(sigma(beta * r_w - beta * r_l)),
         "ipo": lambda: (r_w - r_l - 1 / (2 * tau)) ** 2,
         "cpo": lambda: -math.log(sigma(beta * w.s - beta * l.s)) - lam * w.s,
-        "kto": lambda: -lam_w * sigma(beta * r_w - z) - lam_l * sigma(z - beta * r_l),
+        "kto": lambda: -lambda_w * sigma(beta * r_w - z) - lambda_l * sigma(z - beta * r_l),
         "orpo": lambda: -a_w - lam * math.log(sigma(log_odds(a_w) - log_odds(a_l))),
         "rrhf": lambda: max(0, -a_w + a_l) - lam * w.s,
         "slic": lambda: max(0, delta - w.s + l.s) - lam * w.s,
@@ -958,7 +958,7 @@ RUNS = {name: ([], {}) for name in HYPER} | {
     "simpo with an SFT term": (["--lambda", 0.05], {"lam": 0.05}),
     "simpo, gamma 0": (["--gamma", 0], {"gamma": 0}),
     "dpo, beta 0.1": (["--beta", 0.1], {"beta": 0.1}),
-    "kto, weights": (["--lambda_w", 1.3, "--lambda_l", 0.6], {"lam_w": 1.3, "lam_l": 0.6}),
+    "kto, weights": (["--lambda_w", 1.3, "--lambda_l", 0.6], {"lambda_w": 1.3, "lambda_l": 0.6}),
 }
 
 
@@ -1472,7 +1472,7 @@ BAD_FLAGS = {  # flags -> what the line must say besides the first flag
     "--ref_model x": ["simpo"],
     "--tau 0.1": ["simpo", "gamma"],
     "--gamma 1 --loss orpo": ["orpo", "lam"],
-    "--lam_w 1 --loss dpo": ["dpo", "beta"],
+    "--lambda_w 1 --loss dpo": ["dpo", "beta"],
     "--no_length_norm --loss rrhf": ["rrhf"],
     "--gamma -1": ["-1"],
     "--lr inf": ["inf"],
