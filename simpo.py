@@ -308,7 +308,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
         kept = pairs.select([i for i, reason in enumerate(dropped) if not reason])
         why = ", ".join(f"{x}: {dropped.count(x)}" for x in sorted({*dropped} - {""}))
         if not len(kept):
-            raise UserError(f"none of {len(rows)} pairs is left: {why}")
+            raise UserError(f"none of {len(rows)} rows with {rows.column_names} is left: {why}")
     lost, cut = len(rows) - len(kept), sum(kept["truncated"])
     mean = [f"{x[:-4]} {sum(map(len, kept[x])) / len(kept):.0f}" for x in empty if "_ids" in x]
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
@@ -327,7 +327,7 @@ class Config:
     loss: Annotated[str, "objective"] = "simpo"
     beta: Annotated[float | None, "scale of the reward, or of the log-ratios"] = None
     gamma: Annotated[float | None, "target margin, in reward units; 0: the ablation"] = None
-    label_smoothing: Annotated[float | None, "share of pairs held to be swapped, to 0.5"] = None
+    label_smoothing: Annotated[float | None, "share of pairs held to be swapped, 0 to 0.5"] = None
     hinge: Annotated[bool | None, "max(0, 1 - m) in place of -log sigmoid(m)"] = None
     no_length_norm: Annotated[bool | None, "the ablation: sums in place of averages"] = None
     lam: Annotated[float | None, "weight of the SFT term, or of the odds ratio", "--lambda"] = None
@@ -339,16 +339,16 @@ class Config:
     ref_model: Annotated[str | None, "the reference, if any; unset: the starting policy"] = None
     lr: Annotated[float, "peak learning rate; cosine to 0"] = 1e-6
     batch_size: Annotated[int, "pairs per optimizer step, over all processes"] = 128
-    micro_batch_size: Annotated[int | None, "pairs per pass of a process; unset: up to 4"] = None
+    micro_batch_size: Annotated[int | None, "pairs per pass of a process; unset: 4, 2 or 1"] = None
     epochs: Annotated[int, "passes over the pairs"] = 1
     max_steps: Annotated[int, "optimizer steps; 0: as --epochs says"] = 0
     max_length: Annotated[int, "tokens of a prompt and an answer"] = 2048
-    max_prompt_length: Annotated[int | None, "of these, the prompt's; unset: 1800 in 2048"] = None
+    max_prompt_length: Annotated[int | None, "of these, the prompt's; unset: 1800/2048"] = None
     warmup_ratio: Annotated[float, "share of the steps in which the learning rate rises"] = 0.1
     weight_decay: Annotated[float, "AdamW's weight decay"] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: never"] = 1.0
     gradient_checkpointing: Annotated[bool, "keep fewer activations, compute them twice"] = False
-    seed: Annotated[int, "of the order of pairs"] = 0
+    seed: Annotated[int, "of the order of pairs, and of the demo"] = 0
     dtype: Annotated[str | None, "of compute, bf16 or fp32; unset: bf16 on GPU only"] = None
     output_dir: Annotated[str, "for the model, metrics.jsonl and simpo_run.json"] = "simpo_output"
     overwrite: Annotated[bool, "replace a model in --output_dir"] = False
@@ -370,17 +370,18 @@ NOT_IN_DEMO |= {"max_length", "max_prompt_length", "gradient_checkpointing"}
 def parse_config(argv: list[str] | None) -> Config:
     """The command line, checked, with what depends on other flags filled in."""
     options = {"allow_abbrev": False, "exit_on_error": False, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser("simpo.py", **options)
+    epilog = f"Without --model and --dataset it runs a demo, whose own defaults are {DEMO}."
+    parser, flag = argparse.ArgumentParser("simpo.py", epilog=epilog, **options), {}
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        kind, text, *aliases = get_args(f.type)
-        kind = (get_args(kind) or [kind])[0]
+        kind, text, *name = get_args(f.type)
+        flag[f.name], kind = (name or [f"--{f.name}"])[0], (get_args(kind) or [kind])[0]
         how = {"action": "store_true"} if kind is bool else {"type": kind}
         how |= {"choices": CHOICES[f.name]} if f.name in CHOICES else {}
         own = [f"{x} {read[f.name]}" for x, read in HYPERPARAMETERS.items() if f.name in read]
         text += f" ({', '.join(own) or f.default})" if own or f.default is not None else ""
-        group.add_argument(f"--{f.name}", *aliases, help=text, **how)
+        group.add_argument(flag[f.name], dest=f.name, help=text, **how)
     with blame("command line"):
         flags, unknown = parser.parse_known_args(argv)
     given = vars(flags)
@@ -390,13 +391,14 @@ def parse_config(argv: list[str] | None) -> Config:
     for name, x in vars(c).items():
         if isinstance(x, (int, float)) and not (0 < x < math.inf or x == 0 and name not in ABOVE_0):
             least = "above 0" if name in ABOVE_0 else "0 or more"
-            raise UserError(f"--{name} {x}: use a finite number, {least}")
+            raise UserError(f"{flag[name]} {x}: use a finite number, {least}")
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
     c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
     every = set().union(*HYPERPARAMETERS.values())
-    strange = " ".join(f"--{name}" for name in given if name in every and name not in read)
-    idle = " ".join(f"--{name}" for name in given if demo and name in NOT_IN_DEMO)
+    strange = " ".join(flag[name] for name in given if name in every and name not in read)
+    reads = ", ".join(flag[name] for name in vars(c) if name in read) or "no such flags"
+    idle = " ".join(flag[name] for name in given if demo and name in NOT_IN_DEMO)
     fresh = c.overwrite or c.inspect or (demo and "output_dir" not in given)
     taken = not fresh and (Path(c.output_dir) / "config.json").exists()
     over = c.batch_size % (WORLD_SIZE * c.micro_batch_size)
@@ -404,7 +406,7 @@ def parse_config(argv: list[str] | None) -> Config:
     for wrong, message in (
         (unknown, f"{' '.join(unknown)}: there is no such flag"),
         (idle, f"{idle}: not for the demo, which runs without --model and --dataset"),
-        (strange, f"{strange}: not for --loss {c.loss}, which reads {', '.join(read) or 'none'}"),
+        (strange, f"{strange}: not for --loss {c.loss}, which reads {reads}"),
         (bool(c.model) != bool(c.dataset), "--model needs --dataset, and the other way round"),
         ((c.label_smoothing or 0) > 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (c.warmup_ratio > 1, f"--warmup_ratio {c.warmup_ratio}: use 0 to 1"),
@@ -462,7 +464,8 @@ def score(policy, pairs, indices, reference, config, backward=False, z=None) -> 
     options |= {"z": z} if config.loss == "kto" else {}
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     width = WORLD_SIZE * config.micro_batch_size
-    for start in range(0, len(indices), width):
+    bar = tqdm(range(0, len(indices), width), "scoring", leave=False, delay=3, disable=RANK > 0)
+    for start in range(0, len(indices), width) if backward else bar:
         mine = torch.arange(start, min(start + width, len(indices)))[RANK::WORLD_SIZE].tolist()
         # DDP's processes must keep step: one without pairs scores the first again, with weight 0.
         weight, mine = (1, mine) if mine else (0, [0])
@@ -592,6 +595,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; -> the metrics of the last evaluation."""
     sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     config, counts, held_out, baseline = parse_config(argv), {}, [], {}
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
@@ -666,7 +670,8 @@ def main(argv: list[str] | None = None) -> dict:
     if WORLD_SIZE > 1:
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
-    changes = [f"{x[5:]} {before[x]:.3f} -> {y:.3f}" for x, y in after.items() if x[5:] in END]
+    ends = {x.split("/")[-1]: (before[x], y) for x, y in after.items() if x[5:] in END}
+    changes = [f"{name} {x:.3f} -> {y:.3f}" for name, (x, y) in ends.items()]
     print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")

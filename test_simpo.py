@@ -1470,8 +1470,11 @@ BAD_FLAGS = {  # flags -> what the line must say besides the first flag
     "--lerning_rate 1e-6": [],
     "--batch 8": [],  # no abbreviations: tomorrow's flag may begin with the same letters
     "--ref_model x": ["simpo"],
+    "--warmup_ratio 3": ["3"],
+    "--micro_batch_size 0": ["0"],
+    "--max_prompt_length 0": ["0"],
     "--tau 0.1": ["simpo", "gamma"],
-    "--gamma 1 --loss orpo": ["orpo", "lam"],
+    "--gamma 1 --loss orpo": ["orpo", "--lambda"],
     "--lambda_w 1 --loss dpo": ["dpo", "beta"],
     "--no_length_norm --loss rrhf": ["rrhf"],
     "--gamma -1": ["-1"],
@@ -1494,10 +1497,19 @@ def test_help_names_every_flag_with_its_default_and_its_readers(monkeypatch, cap
     assert code == 0
     for name, hyper in HYPER.items():
         for flag, default in hyper.items():
-            entry = shown.split(f" --{flag} ")[-1].replace(", --", ", ").split(" --")[0]
+            flag = {"lam": "lambda"}.get(flag, flag)  # a word of Python's own
+            entry = shown.split(f" --{flag} ")[-1].split(" --")[0]
             assert re.search(rf"\b{name} {default}\b", entry), (name, flag, entry)
     for words in ("--lambda", "--no_length_norm", "(1e-06)", "(128)", "objective:", "training:"):
         assert words in shown
+
+
+@pytest.mark.parametrize("flags", ["--epochs 2", "--eval_dataset x", "--ref_model x --loss dpo"])
+def test_flags_that_the_demo_cannot_read_are_refused(flags, tmp_path, monkeypatch, capsys):
+    """Catches a forgotten --model, by which a demo would start with half of the flags ignored."""
+    out = tmp_path / "out"
+    result = command_line(monkeypatch, capsys, *flags.split(), "--output_dir", out)
+    assert flags.split()[0] in the_error(result, out) and "--model" in the_error(result, out)
 
 
 README = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -1606,6 +1618,26 @@ def test_a_mistake_ends_all_processes_and_is_told_once(flags, place, tmp_path):
 
 
 # ========================================================================= the demo
+FAULT = """import os
+if os.environ.get("RANK") == "1":
+    import transformers
+    def fail(*_, **__):
+        raise RuntimeError("this card is full")
+    transformers.AutoModelForCausalLM.from_pretrained = fail
+"""
+
+
+def test_a_mistake_of_the_second_process_alone_is_told_too(place, tmp_path, monkeypatch):
+    """Catches a process that ends without a word because only the first one may speak."""
+    (tmp_path / "sitecustomize.py").write_text(FAULT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    good = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
+    done = torchrun(2, *good, "--output_dir", tmp_path / "out")
+    assert done.returncode != 0
+    assert done.stderr.count("simpo.py: error: ") == 1
+    assert re.search(r"simpo.py: error: --model .*llama: this card is full", done.stderr)
+
+
 SLOW = pytest.mark.skipif(os.environ.get("SIMPO_SLOW") != "1", reason="a minute; SIMPO_SLOW=1")
 
 
