@@ -627,7 +627,7 @@ def main(argv: list[str] | None = None) -> dict:
     out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
     steps = config.max_steps or per_epoch * config.epochs
     micro, share = config.micro_batch_size, config.batch_size // WORLD_SIZE
-    hyper = [f"{k} {x}" for k, x in vars(config).items() if k in HYPERPARAMETERS[config.loss]]
+    hyper = [f"{k} {x}" for k, x in vars(config).items() if x and k in HYPERPARAMETERS[config.loss]]
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
     print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
     print(f"steps        {steps}; {', '.join([config.loss, *hyper])}")
