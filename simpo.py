@@ -242,7 +242,7 @@ def collate(pairs: list[dict], pad_token_id: int = 0) -> dict[str, Tensor]:
     Padding is on the right, where no token of a causal model sees it: so there is no mask."""
     rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
     ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
-    which = [torch.tensor([False] * len(prompt) + [True] * len(answer)) for prompt, answer in rows]
+    which = [torch.arange(len(i)) >= len(prompt) for i, (prompt, _) in zip(ids, rows)]
     input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
     scored = nn.utils.rnn.pad_sequence(which, batch_first=True)  # [R, T] by place, never by value
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)  # [R, T]
@@ -313,7 +313,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
     mean = [f"{x[:-4]} {sum(map(len, kept[x])) / len(kept):.0f}" for x in empty if "_ids" in x]
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
     print(f"{'':13}{cut} truncated; mean tokens: {', '.join(mean)}")
-    return kept, {"dropped_pairs": lost, "truncated_pairs": cut}
+    return kept, {k: x for k, x in (("dropped_pairs", lost), ("truncated_pairs", cut)) if x}
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -459,13 +459,14 @@ def score(policy, pairs, indices, reference, config, backward=False, z=None) -> 
     """METRICS of the pairs at `indices`, a row each, by all processes together; reference: logps of
     all pairs, [., 2]. backward=True leaves the gradient of the mean loss, however it is cut."""
     options = {name: getattr(config, name) for name in HYPERPARAMETERS[config.loss]}
-    if config.loss == "kto" and z is None:  # of all these pairs, however cut: a pass before
-        z = score(policy, pairs, indices, reference, config, z=0)[:, 1:3].mean().clamp(min=0)
-    options |= {"z": z} if config.loss == "kto" else {}
+    if config.loss == "kto":
+        if z is None:  # of all these pairs, however they are cut: a pass before
+            z = score(policy, pairs, indices, reference, config, z=0)[:, 1:3].mean().clamp(min=0)
+        options["z"] = z
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     width = WORLD_SIZE * config.micro_batch_size
-    bar = tqdm(range(0, len(indices), width), "scoring", leave=False, delay=3, disable=RANK > 0)
-    for start in range(0, len(indices), width) if backward else bar:
+    bar = {"desc": "scoring", "leave": False, "delay": 3, "disable": backward or RANK > 0}
+    for start in tqdm(range(0, len(indices), width), **bar):
         mine = torch.arange(start, min(start + width, len(indices)))[RANK::WORLD_SIZE].tolist()
         # DDP's processes must keep step: one without pairs scores the first again, with weight 0.
         weight, mine = (1, mine) if mine else (0, [0])
@@ -631,10 +632,10 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
     print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
     print(f"steps        {steps}; {', '.join([config.loss, *hyper])}")
-    commit = os.popen(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2>&-').read().strip()
-    record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": commit or None}
-    record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     if RANK == 0:
+        commit = os.popen(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2>&-').read().strip()
+        record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": commit or None}
+        record |= {"torch": torch.__version__, "transformers": transformers.__version__}
         out.mkdir(parents=True, exist_ok=True)
         (out / "simpo_run.json").write_text(json.dumps(record, indent=2))
         (out / "metrics.jsonl").write_text("")
@@ -646,7 +647,7 @@ def main(argv: list[str] | None = None) -> dict:
     def log(row: dict) -> None:
         if RANK == 0:
             with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row | {name: n for name, n in counts.items() if n}) + "\n")
+                file.write(json.dumps(row | counts) + "\n")
             if config.wandb:
                 wandb.log(row)
 
@@ -670,8 +671,8 @@ def main(argv: list[str] | None = None) -> dict:
     if WORLD_SIZE > 1:
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
-    ends = {x.split("/")[-1]: (before[x], y) for x, y in after.items() if x[5:] in END}
-    changes = [f"{name} {x:.3f} -> {y:.3f}" for name, (x, y) in ends.items()]
+    shown = [x for x in after if x[5:] in END]
+    changes = [f"{x.split('/')[-1]} {before[x]:.3f} -> {after[x]:.3f}" for x in shown]
     print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
