@@ -234,17 +234,90 @@ def mean(numbers):
     return sum(numbers) / len(numbers)
 
 
-def simpo_by_hand(averages, beta=2.5, gamma=1.4):
-    """The metrics of pairs with these (chosen, rejected) average log-probabilities."""
+HYPER = {  # the defaults, as the README's table has them
+    "simpo": {"beta": 2.5, "gamma": 1.4},
+    "dpo": {"beta": 0.01},
+    "ipo": {"tau": 0.1},
+    "cpo": {"beta": 0.1, "lam": 1.0},
+    "kto": {"beta": 0.1, "lambda_w": 1.0, "lambda_l": 1.0},
+    "orpo": {"lam": 0.1},
+    "rrhf": {"lam": 1.0},
+    "slic": {"delta": 1.0, "lam": 1.0},
+    "rdpo": {"beta": 0.1, "alpha": 0.05},
+    "sft": {},
+}
+AVERAGED, REFERENCED = ("simpo", "orpo", "rrhf", "sft"), ("dpo", "ipo", "kto", "rdpo")
+
+
+class Answer(NamedTuple):
+    """Of one answer: log pi, log pi_ref and |y|."""
+
+    s: float
+    ref: float
+    n: int
+
+
+def loss_by_hand(
+    name, w, l, beta=0, gamma=0, tau=0, lam=0, lambda_w=0, lambda_l=0, delta=0, alpha=0, z=0
+):
+    """A pair's loss in plain floats, from the formulas of the paper's Table 3."""
+    a_w, a_l, r_w, r_l = w.s / w.n, l.s / l.n, w.s - w.ref, l.s - l.ref
+
+    def log_odds(a):
+        return math.log(math.exp(a) / (1 - math.exp(a)))
+
+    def sigma(x):
+        return 1 / (1 + math.exp(-x))
+
     return {
-        "loss": mean(-log_sigmoid(beta * w - beta * l - gamma) for w, l in averages),
-        "rewards/chosen": mean(beta * w for w, _ in averages),
-        "rewards/rejected": mean(beta * l for _, l in averages),
-        "rewards/margins": mean(beta * (w - l) for w, l in averages),
-        "rewards/accuracies": mean(float(w > l) for w, l in averages),
-        "logps/chosen": mean(w for w, _ in averages),
-        "logps/rejected": mean(l for _, l in averages),
+        "simpo": lambda: -log_sigmoid(beta * a_w - beta * a_l - gamma) + lam * -a_w,
+        "dpo": lambda: -log_sigmoid(beta * r_w - beta * r_l),
+        "ipo": lambda: (r_w - r_l - 1 / (2 * tau)) ** 2,
+        "cpo": lambda: -log_sigmoid(beta * w.s - beta * l.s) - lam * w.s,
+        "kto": lambda: -lambda_w * sigma(beta * r_w - z) - lambda_l * sigma(z - beta * r_l),
+        "orpo": lambda: -a_w - lam * log_sigmoid(log_odds(a_w) - log_odds(a_l)),
+        "rrhf": lambda: max(0, -a_w + a_l) - lam * w.s,
+        "slic": lambda: max(0, delta - w.s + l.s) - lam * w.s,
+        "rdpo": lambda: -log_sigmoid(beta * r_w - beta * r_l + alpha * (w.n - l.n)),
+        "sft": lambda: -a_w,
+    }[name]()
+
+
+def rewards_by_hand(name, answer, beta=0, tau=0, alpha=0, **_):
+    r = answer.s - answer.ref
+    kinds = {"simpo": beta * answer.s / answer.n, "cpo": beta * answer.s, "slic": answer.s}
+    kinds |= {"dpo": beta * r, "kto": beta * r, "ipo": tau * r, "rdpo": beta * r + alpha * answer.n}
+    return kinds.get(name, answer.s / answer.n)
+
+
+def metrics_by_hand(name, pairs, **hyper):
+    """The metrics of (chosen, rejected) Answers. KTO's z is estimated from all of them."""
+    rewards = [[rewards_by_hand(name, x, **hyper) for x in pair] for pair in pairs]
+    if name == "kto":
+        hyper = hyper | {"z": max(0, mean(x for pair in rewards for x in pair))}
+    logps = [[x.s / (x.n if name in AVERAGED else 1) for x in pair] for pair in pairs]
+    return {
+        "loss": mean(loss_by_hand(name, *pair, **hyper) for pair in pairs),
+        "rewards/chosen": mean(w for w, _ in rewards),
+        "rewards/rejected": mean(l for _, l in rewards),
+        "rewards/margins": mean(w - l for w, l in rewards),
+        "rewards/accuracies": mean(float(w > l) for w, l in rewards),
+        "logps/chosen": mean(w for w, _ in logps),
+        "logps/rejected": mean(l for _, l in logps),
     }
+
+
+def slow_answers(model, reference, row):
+    """The two answers of a row, scored token by token by both models."""
+    prompt, *sides = ids_by_hand(row, make_tokenizer())
+    scored = [[slow_logps(m, prompt, ids) for m in (model, reference)] for ids in sides]
+    return [Answer(*logps, len(ids)) for logps, ids in zip(scored, sides)]
+
+
+def simpo_by_hand(averages):
+    """The metrics of pairs with these (chosen, rejected) average log-probabilities."""
+    pairs = [[Answer(x, 0.0, 1) for x in pair] for pair in averages]
+    return metrics_by_hand("simpo", pairs, **HYPER["simpo"])
 
 
 # ------------------------------------------------------------------------- running simpo.py
@@ -377,18 +450,6 @@ def test_the_losses_have_finite_values_and_gradients_at_huge_margins():
     assert chosen.grad.tolist() == pytest.approx([-2.5, 0.0])
 
 
-HYPER = {  # the defaults, as the README's table has them
-    "simpo": {"beta": 2.5, "gamma": 1.4},
-    "dpo": {"beta": 0.01},
-    "ipo": {"tau": 0.1},
-    "cpo": {"beta": 0.1, "lam": 1.0},
-    "kto": {"beta": 0.1, "lambda_w": 1.0, "lambda_l": 1.0},
-    "orpo": {"lam": 0.1},
-    "rrhf": {"lam": 1.0},
-    "slic": {"delta": 1.0, "lam": 1.0},
-    "rdpo": {"beta": 0.1, "alpha": 0.05},
-    "sft": {},
-}
 OTHERS = {  # and other values, no two of them equal
     "simpo": {"beta": 2.0, "gamma": 0.5, "lam": 0.3},
     "dpo": {"beta": 0.3},
@@ -403,47 +464,6 @@ OTHERS = {  # and other values, no two of them equal
 }
 
 
-class Answer(NamedTuple):
-    """Of one answer: log pi, log pi_ref and |y|."""
-
-    s: float
-    ref: float
-    n: int
-
-
-def loss_by_hand(
-    name, w, l, beta=0, gamma=0, tau=0, lam=0, lambda_w=0, lambda_l=0, delta=0, alpha=0, z=0
-):
-    """A pair's loss in plain floats, from the formulas of the paper's Table 3."""
-    a_w, a_l, r_w, r_l = w.s / w.n, l.s / l.n, w.s - w.ref, l.s - l.ref
-
-    def log_odds(a):
-        return math.log(math.exp(a) / (1 - math.exp(a)))
-
-    def sigma(x):
-        return 1 / (1 + math.exp(-x))
-
-    return {
-        "simpo": lambda: -math.log(sigma(beta * a_w - beta * a_l - gamma)) + lam * -a_w,
-        "dpo": lambda: -math.log(sigma(beta * r_w - beta * r_l)),
-        "ipo": lambda: (r_w - r_l - 1 / (2 * tau)) ** 2,
-        "cpo": lambda: -math.log(sigma(beta * w.s - beta * l.s)) - lam * w.s,
-        "kto": lambda: -lambda_w * sigma(beta * r_w - z) - lambda_l * sigma(z - beta * r_l),
-        "orpo": lambda: -a_w - lam * math.log(sigma(log_odds(a_w) - log_odds(a_l))),
-        "rrhf": lambda: max(0, -a_w + a_l) - lam * w.s,
-        "slic": lambda: max(0, delta - w.s + l.s) - lam * w.s,
-        "rdpo": lambda: -math.log(sigma(beta * r_w - beta * r_l + alpha * (w.n - l.n))),
-        "sft": lambda: -a_w,
-    }[name]()
-
-
-def rewards_by_hand(name, answer, beta=0, tau=0, alpha=0, **_):
-    r = answer.s - answer.ref
-    kinds = {"simpo": beta * answer.s / answer.n, "cpo": beta * answer.s, "slic": answer.s}
-    kinds |= {"dpo": beta * r, "kto": beta * r, "ipo": tau * r, "rdpo": beta * r + alpha * answer.n}
-    return kinds.get(name, answer.s / answer.n)
-
-
 def answers(seed, count=12, least=-3.0, longest=40):
     """Random (chosen, rejected) answers; a reference of its own for each."""
     rng = random.Random(seed)
@@ -455,9 +475,9 @@ def answers(seed, count=12, least=-3.0, longest=40):
     return [(one(), one()) for _ in range(count)]
 
 
-def sides(pairs, dtype=torch.float32, requires_grad=False):
-    """Pairs of Answers -> s, a, r and y as OBJECTIVES takes them, and the leaves [B] of s."""
-    columns = [[torch.tensor(x, dtype=dtype) for x in zip(*side)] for side in zip(*pairs)]
+def sides(pairs, requires_grad=False):
+    """Pairs of Answers -> s, a, r and n as OBJECTIVES takes them, and the leaves [B] of s."""
+    columns = [[torch.tensor(x, dtype=torch.float32) for x in zip(*side)] for side in zip(*pairs)]
     leaves = [s.requires_grad_(requires_grad) for s, _, _ in columns]
     kinds = [(s, s / n, s - ref, n) for s, (_, ref, n) in zip(leaves, columns)]
     return [simpo.Sides(*x) for x in zip(*kinds)], leaves
@@ -482,7 +502,7 @@ def test_rewards_are_what_each_objective_compares(name):
     """Catches rewards of another method in the metrics, and a forgotten length term of R-DPO."""
     pairs = answers(seed=6)
     s, a, r, y = sides(pairs)[0]
-    averaged = name in ("simpo", "orpo", "rrhf", "sft")
+    averaged = name in AVERAGED
     assert (name in simpo.LENGTH_NORMALISED) == averaged
     reference = torch.stack(s) - torch.stack(r) if name in simpo.NEEDS_REFERENCE else 0
     logps = torch.stack(a if averaged else s)
@@ -559,13 +579,13 @@ def test_a_longer_chosen_answer_gets_a_smaller_gradient_from_rdpo():
     """Catches the length term of R-DPO with its sign turned round."""
     grads = []
     for n in (5, 20, 80):  # the chosen answer's length; all else stays
-        quantities, (s_w, _) = sides([(Answer(-9.0, -8.0, n), Answer(-7.0, -7.5, 20))], **GRAD)
+        pair = Answer(-9.0, -8.0, n), Answer(-7.0, -7.5, 20)
+        quantities, (s_w, _) = sides([pair], requires_grad=True)
         simpo.OBJECTIVES["rdpo"](*quantities).sum().backward()
         grads.append(abs(s_w.grad.item()))
     assert grads[0] > grads[1] > grads[2] > 0
 
 
-GRAD = {"requires_grad": True}
 EXTREMES = [-1e-8, -1e-6, -1e-3, -0.7, -7.0, -50.0]
 
 
@@ -576,7 +596,7 @@ def test_losses_and_gradients_are_finite_from_certain_to_hopeless_answers(name):
     pairs = [(w, l) for w in kinds for l in kinds]
     variants = [{}] + [{"hinge": True}, {"no_length_norm": True}, {"lam": 1.0}] * (name == "simpo")
     for options in variants:
-        quantities, leaves = sides(pairs, **GRAD)
+        quantities, leaves = sides(pairs, requires_grad=True)
         losses = simpo.OBJECTIVES[name](*quantities, **options)
         assert losses.dtype == torch.float32 and losses.isfinite().all()
         losses.sum().backward()
@@ -945,13 +965,9 @@ def test_longer_answers_of_the_same_likelihood_per_token_have_the_same_reward(tm
 @pytest.fixture(scope="session")
 def nine_answers(place):
     """(chosen, rejected) of NINE, scored token by token by "llama" and by another, "reference"."""
-    models, pairs = (make_llama(), make_gpt2()), []
-    write_model(place / "reference", models[1])
-    for row in NINE:
-        prompt, *ids = ids_by_hand(row, make_tokenizer())
-        scored = [[slow_logps(model, prompt, answer) for model in models] for answer in ids]
-        pairs.append([Answer(*logps, len(answer)) for logps, answer in zip(scored, ids)])
-    return pairs
+    model, reference = make_llama(), make_gpt2()
+    write_model(place / "reference", reference)
+    return [slow_answers(model, reference, row) for row in NINE]
 
 
 RUNS = {name: ([], {}) for name in HYPER} | {
@@ -966,30 +982,16 @@ RUNS = {name: ([], {}) for name in HYPER} | {
 def test_a_run_trains_and_reports_its_own_objective(name, nine_answers, place, tmp_path):
     """Catches flags that do not arrive, a wrong reference, rewards of another method."""
     loss, (flags, values) = re.split(r"\W", name)[0], RUNS[name]
-    if loss in ("dpo", "ipo", "kto", "rdpo"):
+    if loss in REFERENCED:
         flags = [*flags, "--ref_model", place / "reference"]
         pairs = nine_answers
     else:
         pairs = [[x._replace(ref=0.0) for x in pair] for pair in nine_answers]
     data, flags = place / "nine.jsonl", ["--loss", loss, *flags, "--micro_batch_size", 2]
     _, (step,) = run(place / "llama", data, tmp_path / "out", *flags, *STILL)
-    hyper = HYPER[loss] | values
-    rewards = [[rewards_by_hand(loss, x, **hyper) for x in pair] for pair in pairs]
+    expected = metrics_by_hand(loss, pairs, **HYPER[loss] | values)
     if loss == "kto":  # the estimate of the KL divergence is over all 18 answers of the batch
-        hyper["z"] = max(0, mean(x for pair in rewards for x in pair))
-        assert hyper["z"] > 0.01
-    logps = [
-        [x.s / (x.n if loss in ("simpo", "orpo", "rrhf", "sft") else 1) for x in p] for p in pairs
-    ]
-    expected = {
-        "loss": mean(loss_by_hand(loss, *pair, **hyper) for pair in pairs),
-        "rewards/chosen": mean(w for w, _ in rewards),
-        "rewards/rejected": mean(l for _, l in rewards),
-        "rewards/margins": mean(w - l for w, l in rewards),
-        "rewards/accuracies": mean(float(w > l) for w, l in rewards),
-        "logps/chosen": mean(w for w, _ in logps),
-        "logps/rejected": mean(l for _, l in logps),
-    }
+        assert (expected["rewards/chosen"] + expected["rewards/rejected"]) / 2 > 0.01
     assert {key: step[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 
@@ -1039,7 +1041,7 @@ def test_only_objectives_with_a_reference_compute_one(name, place, tmp_path, mon
     monkeypatch.setattr(simpo, "train", lambda *_: calls.append("train"))
     monkeypatch.setattr(simpo, "score", lambda *a, **k: calls.append(a[0]) or real(*a, **k))
     run(place / "llama", place / "nine.jsonl", tmp_path / "out", "--loss", name)
-    assert (calls[0] != "train") == (name in ("dpo", "ipo", "kto", "rdpo"))
+    assert (calls[0] != "train") == (name in REFERENCED)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -1131,16 +1133,10 @@ def test_two_processes_train_exactly_what_one_does(in_fours):
 def test_an_evaluation_on_two_processes_is_the_mean_over_all_pairs(in_fours):
     """Catches a mean of means and pairs that are counted twice: 7 pairs do not halve evenly."""
     loss, _, _, two = in_fours
-    tokenizer, trained = make_tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(two)
+    trained = transformers.AutoModelForCausalLM.from_pretrained(two)
     for metrics, model in zip(evaluations_of(read_metrics(two)), (make_llama(), trained)):
-        pairs, hyper = [], dict(HYPER[loss])
-        for row in SEVEN:
-            prompt, *ids = ids_by_hand(row, tokenizer)
-            logps = [[slow_logps(m, prompt, x) for m in (model, make_gpt2())] for x in ids]
-            pairs.append([Answer(*s, len(x)) for s, x in zip(logps, ids)])
-        if loss == "kto":
-            hyper["z"] = max(0, mean(0.1 * (x.s - x.ref) for pair in pairs for x in pair))
-        by_hand = mean(loss_by_hand(loss, *pair, **hyper) for pair in pairs)
+        pairs = [slow_answers(model, make_gpt2(), row) for row in SEVEN]
+        by_hand = metrics_by_hand(loss, pairs, **HYPER[loss])["loss"]
         assert metrics["loss"] == pytest.approx(by_hand, rel=1e-5)
     losses = [step["loss"] for step in steps_of(read_metrics(two))]
     assert len({f"{loss:.3f}" for loss in losses}) == 3  # the weights did change
