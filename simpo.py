@@ -21,6 +21,7 @@ Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -37,7 +38,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # options of checkpoint
 
 
 # ------------------------------------------------------------------------------ objectives
@@ -122,11 +130,12 @@ def implicit_rewards(logps, s_ref, n, beta=1.0, tau=1.0, alpha=0.0, **others) ->
 
 # ------------------------------------------------------------------------------ log-likelihood
 class ResponseLogps(nn.Module):
-    """A causal language model that scores answers; the one module that DDP wraps."""
+    """A causal language model that scores answers; the one module that FSDP wraps."""
 
     def __init__(self, model: nn.Module, chunk: int = 1024):
         super().__init__()
         self.model, self.chunk = model, chunk  # no more than [chunk, V] logits at one time
+        self.share_prompt = False  # may `collate` pack its batches? see `check_packing`
 
     def token_logps(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden).float()  # [chunk, V]
@@ -135,24 +144,64 @@ class ResponseLogps(nn.Module):
         return -F.cross_entropy(logits, target_ids, reduction="none")
 
     def forward(
-        self, input_ids, position_ids, logit_index, target_ids, response_index, lengths
+        self, input_ids, position_ids, logit_index, target_ids, response_index, lengths, **plan
     ) -> tuple[Tensor, Tensor]:
         """What `collate` makes of B pairs -> logps [2B], fp32, in nats, and lengths [2B].
         logps[i] = sum_t log pi(y_t | x, y_<t) of answer i, the B chosen ones first. Only hidden
         states that predict an answer's token meet the head, a chunk at a time, and backward
         computes the chunk's logits anew: [R, T, V] logits never exist.
         """
-        backbone = self.model.base_model  # all below the language-model head
-        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+        options = {"position_ids": position_ids, "use_cache": False, **plan}
+        hidden = self.model.base_model(input_ids, **options)[0]  # all below the head
         hidden = hidden.flatten(0, 1)[logit_index]  # [R, T, D] -> [N, D]
-        options = {"use_reentrant": False, "preserve_rng_state": False}
         chunks = zip(hidden.split(self.chunk), target_ids.split(self.chunk))
-        logps = [torch.utils.checkpoint.checkpoint(self.token_logps, *c, **options) for c in chunks]
+        logps = [checkpoint(self.token_logps, *chunk, **RECOMPUTE) for chunk in chunks]
         sums = torch.zeros(len(lengths), device=hidden.device)  # [2B]
         return sums.index_add(0, response_index, torch.cat(logps)), lengths
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[1, heads, Q, d] over keys and values [1, fewer heads, K, d]; the last query sees all keys."""
+    (heads, q, d), (groups, k) = query.shape[1:], key.shape[1:3]
+    if query.is_cuda or query.dtype != torch.bfloat16:
+        options = {"scale": scale, "enable_gqa": heads != groups}
+        return F.scaled_dot_product_attention(
+            query, key, value, causal_lower_right(q, k), **options
+        )
+    # On a CPU products of bf16 matrices are three times as fast as the library's bf16 kernel.
+    scores = ((query * (scale or d**-0.5)).reshape(groups, -1, d) @ key[0].mT).view(heads, q, k)
+    scores += scores.new_full((q, k), -math.inf).triu(k - q + 1)  # no query sees later keys
+    return (scores.softmax(-1).view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
+
+
+def segment_attention(module, query, key, value, attention_mask, plan, scaling=None, **options):
+    """Attention of a row [prompt chosen rejected][prompt chosen rejected]...; see `collate`.
+    Chosen tokens see prompt and chosen, rejected ones prompt and rejected: two causal attentions a
+    pair, without padding, and no mask [T, T] exists. [1, heads, T, d] -> [1, T, heads, d].
+    """
+    outputs, start = [], 0
+    for prompt, chosen, rejected in plan:
+        if (options.get("sliding_window") or math.inf) < prompt + max(chosen, rejected):
+            raise ValueError("a sliding window shorter than a pair")
+        middle, end = prompt + chosen, prompt + chosen + rejected
+        q, k, v = (x[:, :, start : start + end] for x in (query, key, value))
+        first = q[:, :, :middle], k[:, :, :middle], v[:, :, :middle]
+        k, v = (torch.cat([x[:, :, :prompt], x[:, :, middle:]], 2) for x in (k, v))
+        for parts in (first, (q[:, :, middle:], k, v)):
+            outputs.append(causal_attention(*parts, scaling))
+        start += end
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("segments", segment_attention)
+
+
 # ------------------------------------------------------------------------------ data
+# Tokenized pairs; lengths [pairs, 3] of prompt, chosen and rejected answer, in tokens; the
+# reference's logps of the answers, [pairs, 2], or 0.
+Data = namedtuple("Data", "pairs lengths reference")
+
+
 class UserError(Exception):
     """A mistake of the person at the keyboard: one line that names the file, row or flag."""
 
@@ -200,7 +249,7 @@ def render_pair(prompt: list[dict], answers: list[str], tokenizer) -> tuple[str,
 def tokenize_pair(
     row: dict, tokenizer, max_length: int, max_prompt_length: int, drop=lambda reason: None
 ) -> dict | None:
-    """A preference row -> {"prompt_ids", "chosen_ids", "rejected_ids", "truncated"}.
+    """A preference row -> {"prompt_ids", "chosen_ids", "rejected_ids", "lengths", "truncated"}.
     Or drop(reason), None by default, where an answer is empty or has no room, or the two are
     identical or answer different prompts. Lengths are in tokens: max_prompt_length for the
     prompt, max_length for prompt and answer. Raises UserError on a malformed row.
@@ -233,26 +282,48 @@ def tokenize_pair(
         return drop("no room for an answer")
     kept = [ids[:room] for ids in sides]
     pair = {"prompt_ids": prompt_ids, "chosen_ids": kept[0], "rejected_ids": kept[1]}
-    pair["truncated"] = cut > 0 or kept != sides
+    pair |= {"lengths": [len(ids) for ids in pair.values()], "truncated": cut > 0 or kept != sides}
     return pair if kept[0] != kept[1] else drop("identical answers")
 
 
-def collate(pairs: list[dict], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """B tokenized pairs -> what ResponseLogps.forward takes: R = 2B rows, the chosen ones first.
-    Padding is on the right, where no token of a causal model sees it: so there is no mask."""
-    rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
-    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
-    which = [torch.arange(len(i)) >= len(prompt) for i, (prompt, _) in zip(ids, rows)]
-    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
-    scored = nn.utils.rnn.pad_sequence(which, batch_first=True)  # [R, T] by place, never by value
-    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)  # [R, T]
-    return {
+def collate(pairs: list[dict], pad_token_id: int = 0, share_prompt: bool = False) -> dict:
+    """B tokenized pairs -> what ResponseLogps.forward takes, in one of two layouts.
+    Plain: R = 2B rows [prompt chosen] ... [prompt rejected] ..., the chosen ones first. Padding is
+    on the right, where no token of a causal model sees it: so there is no mask.
+    share_prompt: R = 1 row [prompt chosen rejected][prompt chosen rejected]... without padding,
+    each prompt once; positions of both answers go on from the prompt's end. The plan [B, 3], of
+    lengths, is what `segment_attention` goes by.
+    """
+    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
+    prompts, chosen, rejected = ([pair[side] for pair in pairs] for side in sides)
+    answers, plan = chosen + rejected, {}
+    if share_prompt:
+        plan = {"plan": [[len(pair[side]) for side in sides] for pair in pairs]}
+        row, positions, ends = [], [], []
+        for p, c, r in zip(prompts, chosen, rejected):
+            ends.append(len(row) + len(p))
+            row += p + c + r
+            positions += [*range(len(p + c)), *range(len(p), len(p + r))]
+        input_ids, position_ids = torch.tensor([row]), torch.tensor([positions])  # [1, T]
+        starts = ends + [end + len(c) for end, c in zip(ends, chosen)]
+        ends = ends * 2
+    else:
+        rows = [torch.tensor(p + y) for p, y in zip(prompts * 2, answers)]
+        pad = {"batch_first": True, "padding_value": pad_token_id}
+        input_ids = nn.utils.rnn.pad_sequence(rows, **pad)  # [2B, T]
+        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        starts = ends = [i * input_ids.shape[1] + len(p) for i, p in enumerate(prompts * 2)]
+    # A token is predicted one place before it; an answer's first one at the end of the prompt.
+    spans = zip(ends, starts, answers)
+    index = [i for end, start, y in spans for i in (end - 1, *range(start, start + len(y) - 1))]
+    lengths = torch.tensor([len(y) for y in answers])  # [2B]
+    return plan | {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "logit_index": scored.flatten().nonzero()[:, 0] - 1,  # [N] a token is predicted one before
-        "target_ids": input_ids[scored],  # [N]
-        "response_index": scored.nonzero()[:, 0],  # [N]
-        "lengths": scored.sum(1),  # [2B]
+        "logit_index": torch.tensor(index),  # [N]
+        "target_ids": torch.tensor([token for y in answers for token in y]),  # [N]
+        "response_index": torch.arange(len(answers)).repeat_interleave(lengths),  # [N]
+        "lengths": lengths,
     }
 
 
@@ -269,10 +340,11 @@ def blame(what: str, source: str | None = None):
         raise UserError(f"{what}: {why.splitlines()[0]}{hint}") from e
 
 
-def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
+def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
     """A flag's hub id, file or folder -> its usable pairs, "row" from 1 up, and what is lost."""
     limits = config.max_length, config.max_prompt_length  # not config: its lr would spoil the cache
     empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
+    empty["lengths"] = [0, 0, 0]
 
     def encode(row: dict, index: int) -> dict:
         with blame(f"row {index + 1}"):
@@ -310,10 +382,14 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple:
         if not len(kept):
             raise UserError(f"none of {len(rows)} rows with {rows.column_names} is left: {why}")
     lost, cut = len(rows) - len(kept), sum(kept["truncated"])
-    mean = [f"{x[:-4]} {sum(map(len, kept[x])) / len(kept):.0f}" for x in empty if "_ids" in x]
+    lengths = torch.tensor(list(kept["lengths"]))
+    prompt, chosen, rejected = lengths.double().mean(0).tolist()
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
-    print(f"{'':13}{cut} truncated; mean tokens: {', '.join(mean)}")
-    return kept, {k: x for k, x in (("dropped_pairs", lost), ("truncated_pairs", cut)) if x}
+    print(f"{'':13}{cut} truncated; ", end="")
+    print(f"mean tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}")
+    return Data(kept, lengths, torch.zeros(len(kept), 2)), {
+        k: x for k, x in (("dropped_pairs", lost), ("truncated_pairs", cut)) if x
+    }
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -339,7 +415,8 @@ class Config:
     ref_model: Annotated[str | None, "the reference, if any; unset: the starting policy"] = None
     lr: Annotated[float, "peak learning rate; cosine to 0"] = 1e-6
     batch_size: Annotated[int, "pairs per optimizer step, over all processes"] = 128
-    micro_batch_size: Annotated[int | None, "pairs per pass of a process; unset: 4, 2 or 1"] = None
+    micro_batch_tokens: Annotated[int | None, "most tokens in a pass; unset: by device"] = None
+    micro_batch_size: Annotated[int | None, "most pairs in a pass; unset: what fits in it"] = None
     epochs: Annotated[int, "passes over the pairs"] = 1
     max_steps: Annotated[int, "optimizer steps; 0: as --epochs says"] = 0
     max_length: Annotated[int, "tokens of a prompt and an answer"] = 2048
@@ -348,6 +425,8 @@ class Config:
     weight_decay: Annotated[float, "AdamW's weight decay"] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: never"] = 1.0
     gradient_checkpointing: Annotated[bool, "keep fewer activations, compute them twice"] = False
+    shard: Annotated[bool, "spread the model over the processes, for one too big for each"] = False
+    compile: Annotated[bool, "torch.compile each layer; slow to start"] = False
     seed: Annotated[int, "of the order of pairs, and of the demo"] = 0
     dtype: Annotated[str | None, "of compute, bf16 or fp32; unset: bf16 on GPU only"] = None
     output_dir: Annotated[str, "for the model, metrics.jsonl and simpo_run.json"] = "simpo_output"
@@ -361,7 +440,7 @@ class Config:
 GROUPS = {"model": "model and data", "loss": "objective", "lr": "training", "output_dir": "output"}
 CHOICES = {"loss": OBJECTIVES, "dtype": ("bf16", "fp32")}
 ABOVE_0 = {"beta", "tau", "lr", "epochs", "log_every", "batch_size", "micro_batch_size"}
-ABOVE_0 |= {"max_length", "max_prompt_length"}
+ABOVE_0 |= {"max_length", "max_prompt_length", "micro_batch_tokens"}
 DEMO = {"lr": 3e-5, "batch_size": 32, "max_steps": 100, "output_dir": "simpo_demo"}
 NOT_IN_DEMO = {"eval_dataset", "train_split", "eval_split", "ref_model", "epochs"}
 NOT_IN_DEMO |= {"max_length", "max_prompt_length", "gradient_checkpointing"}
@@ -394,15 +473,13 @@ def parse_config(argv: list[str] | None) -> Config:
             raise UserError(f"{flag[name]} {x}: use a finite number, {least}")
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
-    c.micro_batch_size = c.micro_batch_size or math.gcd(c.batch_size // WORLD_SIZE, 4)
+    c.micro_batch_tokens = c.micro_batch_tokens or (16384 if DEVICE.type == "cuda" else 2048)
     every = set().union(*HYPERPARAMETERS.values())
     strange = " ".join(flag[name] for name in given if name in every and name not in read)
     reads = ", ".join(flag[name] for name in vars(c) if name in read) or "no such flags"
     idle = " ".join(flag[name] for name in given if demo and name in NOT_IN_DEMO)
     fresh = c.overwrite or c.inspect or (demo and "output_dir" not in given)
     taken = not fresh and (Path(c.output_dir) / "config.json").exists()
-    over = c.batch_size % (WORLD_SIZE * c.micro_batch_size)
-    parts = f"{WORLD_SIZE} processes x {c.micro_batch_size} pairs"
     for wrong, message in (
         (unknown, f"{' '.join(unknown)}: there is no such flag"),
         (idle, f"{idle}: not for the demo, which runs without --model and --dataset"),
@@ -410,7 +487,6 @@ def parse_config(argv: list[str] | None) -> Config:
         (bool(c.model) != bool(c.dataset), "--model needs --dataset, and the other way round"),
         ((c.label_smoothing or 0) > 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (c.warmup_ratio > 1, f"--warmup_ratio {c.warmup_ratio}: use 0 to 1"),
-        (over, f"--batch_size {c.batch_size} is no multiple of {parts}"),
         (c.ref_model and c.loss not in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
     ):
@@ -426,9 +502,14 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_S
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets the three
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
-METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected", "tokens"]
+METRICS = [*METRICS.split(), "logps/rejected", "avg_logps/chosen", "avg_logps/rejected"]
 BAR = {"loss", *METRICS[3:5], "lr", "tokens_per_second"}  # on the progress bar
 END = BAR | {"chosen_drift", "win_rate", "answer_length"}  # in the closing lines, too
+
+
+def device_gib() -> float:  # of the GPU, or of the machine
+    cpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (torch.cuda.mem_get_info()[1] if DEVICE.type == "cuda" else cpu) / 2**30
 
 
 def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on a CPU
@@ -436,84 +517,179 @@ def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on 
     return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else cpu) / 2**30
 
 
-def load_policy(name: str, source: str, config: Config) -> ResponseLogps:
+def to_device(x):
+    """A tensor on its way, without waiting for the GPU, as a copy of pageable memory would."""
+    pin = DEVICE.type == "cuda" and isinstance(x, Tensor)
+    return x.pin_memory().to(DEVICE, non_blocking=True) if pin else x
+
+
+def load_model(name: str, source: str, config: Config) -> nn.Module:
     """A model with fp32 weights, whatever the checkpoint's: bf16 ones ignore steps of lr 1e-6."""
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, use_safetensors=True)
     with blame(f"--{name} {source}", source):
-        model = load(source, dtype=torch.float32).to(DEVICE)
-        policy = ResponseLogps(model.eval())  # eval, in training too: no dropout
+        model = load(source, dtype=torch.float32).eval()  # eval, in training too: no dropout
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in model.modules():  # it needs .training in these, but not in what they hold
                 layer.training = isinstance(layer, transformers.GradientCheckpointingLayer)
-        ids = torch.arange(3, device=DEVICE)
+        ids = torch.arange(3)
         right = model(ids[None]).logits[0].log_softmax(-1).diagonal()  # and this is how we do it:
         hidden = model.base_model(ids[None])[0][0]
-        if not policy.token_logps(hidden, ids).allclose(right, rtol=1e-3):
+        if not ResponseLogps(model).token_logps(hidden, ids).allclose(right, rtol=1e-3):
             raise UserError(f"{type(model).__name__} scales logits, or has dropout, in its own way")
+        need = 16 * model.num_parameters() / (WORLD_SIZE if config.shard else 1) / 2**30
+        if name == "model" and need > (have := device_gib()):
+            text = f"training takes {need:.1f} GiB and activations, a device has {have:.1f}"
+            raise UserError(f"{text}: use {'more processes' if config.shard else '--shard'}")
+    return model
+
+
+def can_share_prompt(policy: ResponseLogps, sets: list[Data]) -> bool:
+    """Switch to attention by segments if it scores the start of a pair as plain rows do."""
+    config, start = (
+        policy.model.config,
+        {k: x[:16] for k, x in sets[0].pairs[0].items() if "ids" in k},
+    )
+
+    def averages(share_prompt: bool) -> Tensor:
+        batch = collate([start], share_prompt=share_prompt)
+        logps, lengths = policy(**{k: x if k == "plan" else x.to(DEVICE) for k, x in batch.items()})
+        return logps / lengths
+
+    windows = [getattr(config, name, 0) for name in ("sliding_window", "attention_chunk_size")]
+    longest = max((data.lengths[:, 0] + data.lengths[:, 1:].amax(1)).max() for data in sets)
+    usual, same = config._attn_implementation, False
+    with torch.no_grad(), contextlib.suppress(Exception):  # of models that know no such attention
+        plain = averages(False)
+        policy.model.set_attn_implementation("segments")
+        same = plain.allclose(averages(True), rtol=1e-4)
+    if not same or any(window and window < longest for window in windows):
+        policy.model.set_attn_implementation(usual)
+        print(
+            "layout       a row for each answer: the attention of this model cannot share prompts"
+        )
+        return False
+    return True
+
+
+def cast_weights(policy: nn.Module) -> list[Tensor]:
+    """Turn the weights into bf16 -> the fp32 ones, whose .grad sums the gradients of all passes."""
+    masters = []
+    for weight in policy.parameters():
+        masters.append(weight.detach().clone())
+        masters[-1].grad = torch.zeros_like(weight)
+
+        def collect(weight: Tensor, master: Tensor = masters[-1]) -> None:
+            master.grad += weight.grad
+            weight.grad = None
+
+        weight.data = weight.data.bfloat16()
+        weight.register_post_accumulate_grad_hook(collect)
+    return masters
+
+
+def prepare(model: nn.Module, config: Config, sets: list[Data]) -> ResponseLogps:
+    """A model with fp32 weights -> a policy that computes in --dtype, on its device.
+    policy.weights are the fp32 weights, which the optimizer steps. With several processes, or a
+    GPU, FSDP keeps them whole on each, or spreads them (--shard), casts a layer when its turn
+    comes, and sums gradients in fp32. A CPU alone has a bf16 copy of all of them, which is faster.
+    """
+    logits = 2 ** (27 if DEVICE.type == "cuda" else 23)  # that exist at one time
+    policy = ResponseLogps(model, max(1, logits // model.config.vocab_size))
+    policy.share_prompt = can_share_prompt(policy, sets)
+    layers = [m for m in model.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
+    for layer in layers if config.compile else ():
+        layer.compile()
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    if torch.distributed.is_initialized():
+        shape = (1, WORLD_SIZE) if config.shard else (WORLD_SIZE, 1)
+        mesh = init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
+        for module in (*layers, policy):
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+        policy.weights = list(policy.parameters())
+    else:
+        policy.weights = (
+            list(policy.parameters()) if config.dtype == "fp32" else cast_weights(policy)
+        )
     return policy
 
 
 # ------------------------------------------------------------------------------ training
-def score(policy, pairs, indices, reference, config, backward=False, z=None) -> Tensor:
-    """METRICS of the pairs at `indices`, a row each, by all processes together; reference: logps of
-    all pairs, [., 2]. backward=True leaves the gradient of the mean loss, however it is cut."""
+def passes(lengths: Tensor, share_prompt: bool, config: Config) -> list[list[list[int]]]:
+    """Cut pairs with these lengths [B, 3] into passes of at most --micro_batch_tokens a process.
+    A pass is a list of hands, a hand one pair for each process, the longest first: so there is
+    little padding, and every process has the same number of passes.
+    """
+    prompt, longer = lengths[:, 0], lengths[:, 1:].amax(1)
+    tokens = lengths.sum(1) if share_prompt else 2 * (prompt + longer)
+    cut, most = [], config.micro_batch_size or math.inf
+    for hand in tokens.argsort(descending=True, stable=True).split(WORLD_SIZE):
+        most_tokens = tokens[cut[-1][0][0]] * (len(cut[-1]) + 1) if cut else math.inf
+        if most_tokens > config.micro_batch_tokens or len(cut[-1]) == most:
+            cut.append([])
+        cut[-1].append(hand.tolist())
+    return cut
+
+
+def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor:
+    """METRICS of the pairs at `indices`, a row each, by all processes together. backward=True
+    leaves the gradient of the mean loss, however it is cut."""
     options = {name: getattr(config, name) for name in HYPERPARAMETERS[config.loss]}
     if config.loss == "kto":
         if z is None:  # of all these pairs, however they are cut: a pass before
-            z = score(policy, pairs, indices, reference, config, z=0)[:, 1:3].mean().clamp(min=0)
+            z = score(policy, data, indices, config, z=0)[:, 1:3].mean().clamp(min=0)
         options["z"] = z
-    table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
-    width = WORLD_SIZE * config.micro_batch_size
+    indices, places, columns = torch.tensor(indices), [], []
+    cut = passes(data.lengths[indices], policy.share_prompt, config)
     bar = {"desc": "scoring", "leave": False, "delay": 3, "disable": backward or RANK > 0}
-    for start in tqdm(range(0, len(indices), width), **bar):
-        mine = torch.arange(start, min(start + width, len(indices)))[RANK::WORLD_SIZE].tolist()
-        # DDP's processes must keep step: one without pairs scores the first again, with weight 0.
-        weight, mine = (1, mine) if mine else (0, [0])
-        policy.require_backward_grad_sync = start + width >= len(indices)  # in the last pass
-        rows = [pairs[indices[i]] for i in mine]
-        batch = {key: x.to(DEVICE) for key, x in collate(rows).items()}
+    for hands in tqdm(cut, **bar):
+        mine = [hand[RANK] for hand in hands if RANK < len(hand)]
+        # FSDP's processes must keep step: one without pairs scores another's, with weight 0.
+        weight, mine = (1, mine) if mine else (0, hands[0][:1])
+        if isinstance(policy, FSDPModule):
+            policy.set_requires_all_reduce(hands is cut[-1])
+        batch = collate([data.pairs[int(indices[i])] for i in mine], 0, policy.share_prompt)
         with torch.set_grad_enabled(backward):
-            with torch.autocast(DEVICE.type, torch.bfloat16, config.dtype == "bf16"):
-                s, n = (x.view(2, -1) for x in policy(**batch))  # [2B] -> [2, B]
+            s, n = policy(**{key: to_device(x) for key, x in batch.items()})  # [2B]
+            s, n = s.view(2, -1), n.view(2, -1)  # [2B] -> [2, B]
             a = s / n  # the length normalisation
-            s_ref = reference[[indices[i] for i in mine]].T.to(DEVICE, torch.float32)  # or 0
+            s_ref = to_device(data.reference[indices[mine]].T)  # or 0
             losses = OBJECTIVES[config.loss](*(Sides(*x) for x in (s, a, s - s_ref, n)), **options)
-            if backward:  # DDP averages over processes; times their number, that is a sum
+            if backward:  # FSDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
         logps = a if config.loss in LENGTH_NORMALISED and not config.no_length_norm else s
         rw, rl = implicit_rewards(logps, s_ref, n, **options)
-        tokens = n.sum(0) + 2 * torch.tensor([len(row["prompt_ids"]) for row in rows]).to(DEVICE)
-        columns = [losses, rw, rl, rw - rl, rw > rl, *logps, *a, tokens]
-        table[mine] = weight * torch.stack([x.detach().double() for x in columns], dim=1)
+        rows = torch.stack([losses, rw, rl, rw - rl, rw > rl, *logps, *a]).detach().double()
+        places, columns = places + mine, [*columns, weight * rows]
+    table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
+    table[places] = torch.cat(columns, 1).T
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(table)
     return table.cpu()
 
 
-def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
+def train(policy, data: Data, config, steps: int, log, evaluate) -> None:
     """Train in place; log(row) every --log_every steps, evaluate(step) every --eval_every."""
-    params = list(policy.parameters())
-    optimizer = torch.optim.AdamW(params, config.lr, weight_decay=config.weight_decay, fused=True)
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(policy.weights, config.lr, weight_decay=decay, fused=True)
     warmup = int(config.warmup_ratio * steps)  # rounded down: one step alone has the full lr
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-    if WORLD_SIZE > 1:
-        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    per_epoch, skipped = math.ceil(len(pairs) / config.batch_size), 0
+    per_epoch, skipped = math.ceil(len(data.pairs) / config.batch_size), 0
     bar = tqdm(range(1, steps + 1), disable=RANK > 0)
     for step in bar:
         started = time.perf_counter()
         epoch, k = divmod(step - 1, per_epoch)
         if k == 0:  # every epoch has its own order, the same on every process
             shuffle = torch.Generator().manual_seed(config.seed + epoch)
-            order = torch.randperm(len(pairs), generator=shuffle).split(config.batch_size)
+            order = torch.randperm(len(data.pairs), generator=shuffle).split(config.batch_size)
         batch, (lr, *_) = order[k].tolist(), schedule.get_last_lr()
-        table = score(policy, pairs, batch, reference, config, backward=True)
-        norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf).item()
+        table = score(policy, data, batch, config, backward=True)
+        norm = nn.utils.clip_grad_norm_(policy.weights, config.max_grad_norm or math.inf)
+        norm = getattr(norm, "full_tensor", lambda norm=norm: norm)().item()
         bad = [i for i, loss in zip(batch, table[:, 0].tolist()) if not math.isfinite(loss)]
         skipped = skipped + 1 if bad or not math.isfinite(norm) else 0
         if skipped:  # such a step would turn every weight into NaN
-            rows = [pairs[i]["row"] for i in bad or batch]
+            rows = [data.pairs[i]["row"] for i in bad or batch]
             log({"step": step, "skipped_rows": rows})
             print(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
             if skipped == 10:
@@ -521,24 +697,28 @@ def train(policy, pairs, reference, config, steps: int, log, evaluate) -> None:
                 raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         else:
             optimizer.step()
-        optimizer.zero_grad()
+            with torch.no_grad():
+                for used, weight in zip(policy.parameters(), policy.weights):
+                    _ = used is weight or used.copy_(weight)  # of cast_weights
+        optimizer.zero_grad(set_to_none=False)
         schedule.step()
         if not skipped and (step % config.log_every == 0 or step == steps):
             seconds = time.perf_counter() - started
             row = {"step": step, "epoch": step / per_epoch, "grad_norm": norm, "lr": lr}
-            row |= zip(METRICS[:7], table.mean(0).tolist())  # all but averages and tokens
+            row |= zip(METRICS[:7], table.mean(0).tolist())  # all but averages
             row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
-            row |= {"tokens_per_second": table[:, -1].sum().item() / seconds}
+            tokens = data.lengths[batch].sum() + data.lengths[batch, 0].sum()
+            row |= {"tokens_per_second": tokens.item() / seconds}
             log(row | {"peak_memory_gib": peak_memory_gib()})
             bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in row if x in BAR})
         if config.eval_every and step % config.eval_every == 0 and step < steps:
             evaluate(step)
 
 
-def inspect_pairs(policy, tokenizer, pairs, reference, config) -> None:
+def inspect_pairs(policy, tokenizer, data: Data, config) -> None:
     """Print the first pairs as the model sees them: the prompt, and what is scored in colour."""
-    table = score(policy, pairs, range(min(config.inspect, len(pairs))), reference, config)
-    for metrics, pair in zip(table.tolist(), pairs):
+    table = score(policy, data, range(min(config.inspect, len(data.pairs))), config)
+    for metrics, pair in zip(table.tolist(), data.pairs):
         print(f"\nrow {pair['row']}, prompt of {len(pair['prompt_ids'])} tokens:")
         print(tokenizer.decode(pair["prompt_ids"]))
         for i, (side, colour) in enumerate((("chosen", "\033[32m"), ("rejected", "\033[31m"))):
@@ -578,14 +758,22 @@ def build_demo(config: Config) -> tuple:
         schedule.step()
     for weight in policy.parameters() if WORLD_SIZE > 1 else ():  # fits on GPUs differ a little
         torch.distributed.broadcast(weight.data, 0)
-    return tokenizer, policy, pairs[200:], pairs[:200]
+    sets = [
+        (part, torch.tensor([p["lengths"] for p in part])) for part in (pairs[200:], pairs[:200])
+    ]
+    return tokenizer, llama, [Data(*both, torch.zeros(len(both[0]), 2)) for both in sets]
 
 
-def judge(model, tokenizer, pairs) -> dict:
+def judge(policy, tokenizer, pairs) -> dict:
     """Of the demo's answers, sampled: the share that is right, and their length in letters."""
     torch.manual_seed(0)
     prompts = torch.tensor([pair["prompt_ids"] for pair in pairs], device=DEVICE)
-    texts = tokenizer.batch_decode(model.generate(prompts, do_sample=True, max_new_tokens=48))
+    if isinstance(policy, FSDPModule):
+        policy.unshard()
+    policy.model.set_attn_implementation("sdpa")
+    ids = policy.model.generate(prompts, do_sample=True, max_new_tokens=48)
+    policy.model.set_attn_implementation("segments")
+    texts = tokenizer.batch_decode(ids)
     words, answers = zip(*(text.split("</s>")[0].split("=", 1) for text in texts))
     hits = ["".join(sorted(w)) == answer.rstrip("!") for w, answer in zip(words, answers)]
     length = sum(map(len, answers)) / len(answers)
@@ -597,40 +785,51 @@ def main(argv: list[str] | None = None) -> dict:
     sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config, counts, held_out, baseline = parse_config(argv), {}, [], {}
+    config, counts, baseline = parse_config(argv), {}, {}
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
         torch.cuda.reset_peak_memory_stats()
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group()
+    if (WORLD_SIZE > 1 or DEVICE.type == "cuda") and not torch.distributed.is_initialized():
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group(**alone if WORLD_SIZE == 1 else {})
+    if sys.platform == "linux":  # keep freed memory: to get it anew takes 15% of a step on a CPU
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     if config.model is None:
-        tokenizer, policy, pairs, held_out = build_demo(config)
+        tokenizer, model, sets = build_demo(config)
     else:
         with blame(f"--model {config.model}", config.model):
             tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         if RANK > 0:  # rank 0 tokenizes, the others read what it has cached
             torch.distributed.barrier()
-        pairs, counts = load_pairs("dataset", config.train_split, tokenizer, config)
+        data, counts = load_pairs("dataset", config.train_split, tokenizer, config)
+        sets = [data]
         if config.eval_dataset or config.eval_split:
-            held_out, _ = load_pairs("eval_dataset", config.eval_split, tokenizer, config)
+            sets += load_pairs("eval_dataset", config.eval_split, tokenizer, config)[:1]
         if RANK == 0 and WORLD_SIZE > 1:
             torch.distributed.barrier()
-        policy = load_policy("model", config.model, config)
-    references = [torch.zeros(len(data), 2) for data in (pairs, held_out)]
+        model = load_model("model", config.model, config)
+    policy = prepare(model, config, sets)
     if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
-        scorer = load_policy("ref_model", config.ref_model, config) if config.ref_model else policy
-        for i, data in enumerate((pairs, held_out)):
-            which = range(len(data))[: config.inspect or None]
-            references[i] = score(scorer, data, which, references[i], config, z=0)[:, 5:7]
+        scorer = policy
+        if config.ref_model:
+            scorer = prepare(load_model("ref_model", config.ref_model, config), config, sets)
+        for i, data in enumerate(sets):
+            which = range(len(data.pairs))[: config.inspect or None]
+            sets[i] = data._replace(
+                reference=score(scorer, data, which, config, z=0)[:, 5:7].float()
+            )
         del scorer
+    data, held_out = (*sets, None)[:2]
     if config.inspect:
-        return inspect_pairs(policy, tokenizer, pairs, references[0], config) or {}
-    out, per_epoch = Path(config.output_dir), math.ceil(len(pairs) / config.batch_size)
+        return inspect_pairs(policy, tokenizer, data, config) or {}
+    out, per_epoch = Path(config.output_dir), math.ceil(len(data.pairs) / config.batch_size)
     steps = config.max_steps or per_epoch * config.epochs
-    micro, share = config.micro_batch_size, config.batch_size // WORLD_SIZE
     hyper = [f"{k} {x}" for k, x in vars(config).items() if x and k in HYPERPARAMETERS[config.loss]]
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
-    print(f"batch        {config.batch_size} = {WORLD_SIZE} processes x {share // micro} x {micro}")
+    layout = "each prompt once" if policy.share_prompt else "a row for each answer"
+    most = f"passes of at most {config.micro_batch_tokens} tokens, {layout}"
+    print(f"batch        {config.batch_size} pairs on {WORLD_SIZE} processes, {most}")
     print(f"steps        {steps}; {', '.join([config.loss, *hyper])}")
     if RANK == 0:
         commit = os.popen(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2>&-').read().strip()
@@ -652,28 +851,35 @@ def main(argv: list[str] | None = None) -> dict:
                 wandb.log(row)
 
     def evaluate(step: int) -> dict:
-        if not len(held_out):
+        if held_out is None:
             return {}
-        table = score(policy, held_out, range(len(held_out)), references[1], config)
-        *means, average, _, _ = table.mean(0).tolist()
+        table = score(policy, held_out, range(len(held_out.pairs)), config)
+        *means, average, _ = table.mean(0).tolist()
         row = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
         row["eval/chosen_drift"] = average - baseline.setdefault("average", average)
-        row |= {} if config.model else judge(policy.model, tokenizer, held_out)
+        row |= {} if config.model else judge(policy, tokenizer, held_out.pairs)
         log({"step": step} | row)
         return row
 
     before, started = evaluate(0), time.perf_counter()
-    train(policy, pairs, references[0], config, steps, log, evaluate)
+    train(policy, data, config, steps, log, evaluate)
     seconds, after = time.perf_counter() - started, evaluate(steps)
+    if not isinstance(policy, FSDPModule):
+        for used, weight in zip(policy.parameters(), policy.weights):
+            used.data = weight.data
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(policy.model, options=options)
     if RANK == 0:
-        policy.model.save_pretrained(out)
+        policy.model.save_pretrained(out, state_dict=whole)
         tokenizer.save_pretrained(out)
-    if WORLD_SIZE > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
     shown = [x for x in after if x[5:] in END]
     changes = [f"{x.split('/')[-1]} {before[x]:.3f} -> {after[x]:.3f}" for x in shown]
-    print(f"held out     {', '.join(changes) or 'none given'} ({len(held_out)} pairs)")
+    print(
+        f"held out     {', '.join(changes) or 'none given'} ({len(held_out.pairs) if held_out else 0} pairs)"
+    )
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
     return after
