@@ -38,14 +38,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # options of checkpoint
 
 
 # ------------------------------------------------------------------------------ objectives
@@ -135,7 +130,7 @@ class ResponseLogps(nn.Module):
     def __init__(self, model: nn.Module, chunk: int = 1024):
         super().__init__()
         self.model, self.chunk = model, chunk  # no more than [chunk, V] logits at one time
-        self.share_prompt = False  # may `collate` pack its batches? see `check_packing`
+        self.share_prompt = False  # may `collate` pack its batches? `can_share_prompt` says so
 
     def token_logps(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden).float()  # [chunk, V]
@@ -154,8 +149,9 @@ class ResponseLogps(nn.Module):
         options = {"position_ids": position_ids, "use_cache": False, **plan}
         hidden = self.model.base_model(input_ids, **options)[0]  # all below the head
         hidden = hidden.flatten(0, 1)[logit_index]  # [R, T, D] -> [N, D]
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         chunks = zip(hidden.split(self.chunk), target_ids.split(self.chunk))
-        logps = [checkpoint(self.token_logps, *chunk, **RECOMPUTE) for chunk in chunks]
+        logps = [torch.utils.checkpoint.checkpoint(self.token_logps, *c, **options) for c in chunks]
         sums = torch.zeros(len(lengths), device=hidden.device)  # [2B]
         return sums.index_add(0, response_index, torch.cat(logps)), lengths
 
@@ -164,16 +160,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     """[1, heads, Q, d] over keys and values [1, fewer heads, K, d]; the last query sees all keys."""
     (heads, q, d), (groups, k) = query.shape[1:], key.shape[1:3]
     if query.is_cuda or query.dtype != torch.bfloat16:
-        options = {"scale": scale, "enable_gqa": heads != groups}
-        return F.scaled_dot_product_attention(
-            query, key, value, causal_lower_right(q, k), **options
-        )
+        options = {"attn_mask": causal_lower_right(q, k), "enable_gqa": heads != groups}
+        return F.scaled_dot_product_attention(query, key, value, scale=scale, **options)
     # On a CPU products of bf16 matrices are three times as fast as the library's bf16 kernel.
     scores = ((query * (scale or d**-0.5)).reshape(groups, -1, d) @ key[0].mT).view(heads, q, k)
     scores += scores.new_full((q, k), -math.inf).triu(k - q + 1)  # no query sees later keys
     return (scores.softmax(-1).view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
 
 
+@torch.compiler.disable
 def segment_attention(module, query, key, value, attention_mask, plan, scaling=None, **options):
     """Attention of a row [prompt chosen rejected][prompt chosen rejected]...; see `collate`.
     Chosen tokens see prompt and chosen, rejected ones prompt and rejected: two causal attentions a
@@ -181,14 +176,11 @@ def segment_attention(module, query, key, value, attention_mask, plan, scaling=N
     """
     outputs, start = [], 0
     for prompt, chosen, rejected in plan:
-        if (options.get("sliding_window") or math.inf) < prompt + max(chosen, rejected):
-            raise ValueError("a sliding window shorter than a pair")
         middle, end = prompt + chosen, prompt + chosen + rejected
         q, k, v = (x[:, :, start : start + end] for x in (query, key, value))
         first = q[:, :, :middle], k[:, :, :middle], v[:, :, :middle]
         k, v = (torch.cat([x[:, :, :prompt], x[:, :, middle:]], 2) for x in (k, v))
-        for parts in (first, (q[:, :, middle:], k, v)):
-            outputs.append(causal_attention(*parts, scaling))
+        outputs += [causal_attention(*x, scaling) for x in (first, (q[:, :, middle:], k, v))]
         start += end
     return torch.cat(outputs, 2).transpose(1, 2), None
 
@@ -197,9 +189,9 @@ transformers.AttentionInterface.register("segments", segment_attention)
 
 
 # ------------------------------------------------------------------------------ data
-# Tokenized pairs; lengths [pairs, 3] of prompt, chosen and rejected answer, in tokens; the
-# reference's logps of the answers, [pairs, 2], or 0.
-Data = namedtuple("Data", "pairs lengths reference")
+# Tokenized pairs; lengths [pairs, 3] of prompt, chosen and rejected answer, in tokens; and, where
+# there is a reference, its logps of the answers, [pairs, 2].
+Data = namedtuple("Data", "pairs lengths reference", defaults=[None])
 
 
 class UserError(Exception):
@@ -387,9 +379,8 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
     print(f"{'':13}{cut} truncated; ", end="")
     print(f"mean tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}")
-    return Data(kept, lengths, torch.zeros(len(kept), 2)), {
-        k: x for k, x in (("dropped_pairs", lost), ("truncated_pairs", cut)) if x
-    }
+    lost = {"dropped_pairs": lost, "truncated_pairs": cut}
+    return Data(kept, lengths), {name: count for name, count in lost.items() if count}
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -517,10 +508,30 @@ def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on 
     return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else cpu) / 2**30
 
 
-def to_device(x):
+def to_device(x, device: torch.device = DEVICE):
     """A tensor on its way, without waiting for the GPU, as a copy of pageable memory would."""
-    pin = DEVICE.type == "cuda" and isinstance(x, Tensor)
-    return x.pin_memory().to(DEVICE, non_blocking=True) if pin else x
+    if not isinstance(x, Tensor):
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def whole(x: Tensor) -> Tensor:  # what FSDP has spread; all processes must ask for it
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def start_up() -> None:
+    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+        torch.cuda.reset_peak_memory_stats()
+    if (WORLD_SIZE > 1 or DEVICE.type == "cuda") and not torch.distributed.is_initialized():
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group(**alone if WORLD_SIZE == 1 else {})
+    if sys.platform == "linux":  # keep freed memory: to get it anew takes 15% of a step on a CPU
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 def load_model(name: str, source: str, config: Config) -> nn.Module:
@@ -545,31 +556,23 @@ def load_model(name: str, source: str, config: Config) -> nn.Module:
 
 
 def can_share_prompt(policy: ResponseLogps, sets: list[Data]) -> bool:
-    """Switch to attention by segments if it scores the start of a pair as plain rows do."""
-    config, start = (
-        policy.model.config,
-        {k: x[:16] for k, x in sets[0].pairs[0].items() if "ids" in k},
-    )
-
-    def averages(share_prompt: bool) -> Tensor:
-        batch = collate([start], share_prompt=share_prompt)
-        logps, lengths = policy(**{k: x if k == "plan" else x.to(DEVICE) for k, x in batch.items()})
-        return logps / lengths
-
-    windows = [getattr(config, name, 0) for name in ("sliding_window", "attention_chunk_size")]
+    """Switch to attention by segments, if it scores the start of a pair as plain rows do."""
+    model, start = policy.model, {k: x[:16] for k, x in sets[0].pairs[0].items() if "ids" in k}
+    windows = [getattr(model.config, x, 0) for x in ("sliding_window", "attention_chunk_size")]
     longest = max((data.lengths[:, 0] + data.lengths[:, 1:].amax(1)).max() for data in sets)
-    usual, same = config._attn_implementation, False
+    scores, usual = [], model.config._attn_implementation
+    soft_cap = getattr(model.config, "attn_logit_softcapping", None)  # Gemma 2, in the attention
     with torch.no_grad(), contextlib.suppress(Exception):  # of models that know no such attention
-        plain = averages(False)
-        policy.model.set_attn_implementation("segments")
-        same = plain.allclose(averages(True), rtol=1e-4)
-    if not same or any(window and window < longest for window in windows):
-        policy.model.set_attn_implementation(usual)
-        print(
-            "layout       a row for each answer: the attention of this model cannot share prompts"
-        )
-        return False
-    return True
+        for share_prompt in (False, True):
+            model.set_attn_implementation("segments" if share_prompt else usual)
+            batch = collate([start], share_prompt=share_prompt)
+            scores.append(policy(**{k: to_device(x, model.device) for k, x in batch.items()})[0])
+    same = len(scores) == 2 and scores[1].allclose(scores[0], rtol=1e-4)
+    if same and not soft_cap and not any(window and window < longest for window in windows):
+        return True
+    model.set_attn_implementation(usual)
+    print("layout       a row for each answer: the attention of this model cannot share prompts")
+    return False
 
 
 def cast_weights(policy: nn.Module) -> list[Tensor]:
@@ -601,17 +604,26 @@ def prepare(model: nn.Module, config: Config, sets: list[Data]) -> ResponseLogps
     for layer in layers if config.compile else ():
         layer.compile()
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    if torch.distributed.is_initialized():
-        shape = (1, WORLD_SIZE) if config.shard else (WORLD_SIZE, 1)
-        mesh = init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
+    if grouped := torch.distributed.is_initialized():
+        shape, names = (1, WORLD_SIZE) if config.shard else (WORLD_SIZE, 1), ("replicate", "shard")
+        mesh = torch.distributed.init_device_mesh(DEVICE.type, shape, mesh_dim_names=names)
         for module in (*layers, policy):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
-        policy.weights = list(policy.parameters())
-    else:
-        policy.weights = (
-            list(policy.parameters()) if config.dtype == "fp32" else cast_weights(policy)
-        )
+    cast = config.dtype == "bf16" and not grouped
+    policy.weights = cast_weights(policy) if cast else list(policy.parameters())
     return policy
+
+
+def save(policy: ResponseLogps, tokenizer, folder: Path) -> None:
+    """Write the fp32 weights, whole and each once, by all processes together."""
+    kept, buffers = policy.model.state_dict().keys(), dict(policy.model.named_buffers())
+    state = {name: buffers[name] for name in buffers if name in kept}
+    for (name, _), weight in zip(policy.model.named_parameters(), policy.weights):
+        full = whole(weight)
+        state |= {name: full.cpu()} if RANK == 0 else {}
+    if RANK == 0:
+        policy.model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------ training
@@ -653,7 +665,7 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
             s, n = policy(**{key: to_device(x) for key, x in batch.items()})  # [2B]
             s, n = s.view(2, -1), n.view(2, -1)  # [2B] -> [2, B]
             a = s / n  # the length normalisation
-            s_ref = to_device(data.reference[indices[mine]].T)  # or 0
+            s_ref = 0 if data.reference is None else to_device(data.reference[indices[mine]].T)
             losses = OBJECTIVES[config.loss](*(Sides(*x) for x in (s, a, s - s_ref, n)), **options)
             if backward:  # FSDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
@@ -685,7 +697,7 @@ def train(policy, data: Data, config, steps: int, log, evaluate) -> None:
         batch, (lr, *_) = order[k].tolist(), schedule.get_last_lr()
         table = score(policy, data, batch, config, backward=True)
         norm = nn.utils.clip_grad_norm_(policy.weights, config.max_grad_norm or math.inf)
-        norm = getattr(norm, "full_tensor", lambda norm=norm: norm)().item()
+        norm = whole(norm).item()
         bad = [i for i, loss in zip(batch, table[:, 0].tolist()) if not math.isfinite(loss)]
         skipped = skipped + 1 if bad or not math.isfinite(norm) else 0
         if skipped:  # such a step would turn every weight into NaN
@@ -751,17 +763,15 @@ def build_demo(config: Config) -> tuple:
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
     for _ in tqdm(range(steps), "fitting the demo's model", leave=False, disable=RANK > 0):
         batch = collate([pairs[i] for i in torch.randint(200, len(pairs), (32,))])
-        logps, lengths = policy(**{key: x.to(DEVICE) for key, x in batch.items()})
+        logps, lengths = policy(**{key: to_device(x) for key, x in batch.items()})
         (-logps / lengths).mean().backward()  # the sft objective, on good and bad answers alike
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     for weight in policy.parameters() if WORLD_SIZE > 1 else ():  # fits on GPUs differ a little
         torch.distributed.broadcast(weight.data, 0)
-    sets = [
-        (part, torch.tensor([p["lengths"] for p in part])) for part in (pairs[200:], pairs[:200])
-    ]
-    return tokenizer, llama, [Data(*both, torch.zeros(len(both[0]), 2)) for both in sets]
+    lengths = torch.tensor([pair["lengths"] for pair in pairs])
+    return tokenizer, llama, [Data(pairs[200:], lengths[200:]), Data(pairs[:200], lengths[:200])]
 
 
 def judge(policy, tokenizer, pairs) -> dict:
@@ -782,19 +792,8 @@ def judge(policy, tokenizer, pairs) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; -> the metrics of the last evaluation."""
-    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    start_up()
     config, counts, baseline = parse_config(argv), {}, {}
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
-        torch.cuda.reset_peak_memory_stats()
-    if (WORLD_SIZE > 1 or DEVICE.type == "cuda") and not torch.distributed.is_initialized():
-        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group(**alone if WORLD_SIZE == 1 else {})
-    if sys.platform == "linux":  # keep freed memory: to get it anew takes 15% of a step on a CPU
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     if config.model is None:
         tokenizer, model, sets = build_demo(config)
     else:
@@ -811,14 +810,14 @@ def main(argv: list[str] | None = None) -> dict:
         model = load_model("model", config.model, config)
     policy = prepare(model, config, sets)
     if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
-        scorer = policy
+        scorer, started = policy, time.perf_counter()
         if config.ref_model:
             scorer = prepare(load_model("ref_model", config.ref_model, config), config, sets)
         for i, data in enumerate(sets):
             which = range(len(data.pairs))[: config.inspect or None]
-            sets[i] = data._replace(
-                reference=score(scorer, data, which, config, z=0)[:, 5:7].float()
-            )
+            logps = score(scorer, data, which, config, z=0)[:, 5:7].float()
+            sets[i] = data._replace(reference=logps)
+        print(f"reference    scored once, in {time.perf_counter() - started:.1f} s")
         del scorer
     data, held_out = (*sets, None)[:2]
     if config.inspect:
@@ -864,22 +863,14 @@ def main(argv: list[str] | None = None) -> dict:
     before, started = evaluate(0), time.perf_counter()
     train(policy, data, config, steps, log, evaluate)
     seconds, after = time.perf_counter() - started, evaluate(steps)
-    if not isinstance(policy, FSDPModule):
-        for used, weight in zip(policy.parameters(), policy.weights):
-            used.data = weight.data
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_model_state_dict(policy.model, options=options)
-    if RANK == 0:
-        policy.model.save_pretrained(out, state_dict=whole)
-        tokenizer.save_pretrained(out)
+    save(policy, tokenizer, out)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
     shown = [x for x in after if x[5:] in END]
     changes = [f"{x.split('/')[-1]} {before[x]:.3f} -> {after[x]:.3f}" for x in shown]
-    print(
-        f"held out     {', '.join(changes) or 'none given'} ({len(held_out.pairs) if held_out else 0} pairs)"
-    )
+    count = len(held_out.pairs) if held_out else 0
+    print(f"held out     {', '.join(changes) or 'none given'} ({count} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
     print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
     return after

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,6 +142,9 @@ def make_llama(**options):
     return transformers.LlamaForCausalLM(config).eval()
 
 
+make_tied_llama = partial(make_llama, tie_word_embeddings=True)
+
+
 def make_gpt2(**options):
     """Positions are learned vectors here, and the head is tied to the embeddings."""
     torch.manual_seed(2)
@@ -158,6 +162,21 @@ def make_gemma2():
 
 MODELS = {"llama": make_llama, "gpt2": make_gpt2, "gemma2": make_gemma2}
 every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def scorer_and_layout(name, packed, **options):
+    """-> (the bare model, its ResponseLogps, what `collate` is to be told)."""
+    model = MODELS[name]()
+    scorer = simpo.ResponseLogps(model, **options)
+    if packed:
+        model.set_attn_implementation("segments")
+    return model, scorer, {"share_prompt": packed}
+
+
+# Gemma 2 squeezes its attention scores, which the attention of packed rows does not know.
+LAYOUTS = [(name, packed) for name in MODELS for packed in (False, True)]
+LAYOUTS.remove(("gemma2", True))
+every_layout = pytest.mark.parametrize("name, packed", LAYOUTS)
 
 
 def write_model(folder, model=None, tokenizer=None):
@@ -640,35 +659,38 @@ def slow_scores(model, pairs):
     return [slow_logps(model, *row) for row in rows]
 
 
-@every_model
-def test_scores_are_those_of_a_token_by_token_loop(name):
+@every_layout
+def test_scores_are_those_of_a_token_by_token_loop(name, packed):
     """Catches logits not shifted against labels, scored prompt tokens and forgotten soft caps."""
-    model, pairs = MODELS[name](), some_pairs()
-    logps, lengths = simpo.ResponseLogps(model)(**simpo.collate(pairs))
-    assert logps.tolist() == pytest.approx(slow_scores(model, pairs), rel=1e-5)
+    _, scorer, layout = scorer_and_layout(name, packed)
+    pairs = some_pairs()
+    logps, lengths = scorer(**simpo.collate(pairs, **layout))
+    assert logps.tolist() == pytest.approx(slow_scores(MODELS[name](), pairs), rel=1e-5)
     counted = [len(p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
     assert lengths.tolist() == counted
 
 
-@every_model
-def test_a_score_is_the_same_alone_and_in_a_padded_batch(name):
-    """Catches padding that shifts positions or is attended to, and |y| averaged over a batch."""
-    scorer, pairs = simpo.ResponseLogps(MODELS[name]()), some_pairs(seed=1, count=6)
-    together, _ = scorer(**simpo.collate(pairs))
-    alone = [scorer(**simpo.collate([pair]))[0] for pair in pairs]
+@every_layout
+def test_a_score_is_the_same_alone_and_among_other_pairs(name, packed):
+    """Catches padding that shifts positions, neighbours that are attended to, |y| of a batch."""
+    (_, scorer, layout), pairs = scorer_and_layout(name, packed), some_pairs(seed=1, count=6)
+    together, _ = scorer(**simpo.collate(pairs, **layout))
+    alone = [scorer(**simpo.collate([pair], **layout))[0] for pair in pairs]
     assert together.tolist() == pytest.approx(torch.stack(alone).T.flatten().tolist(), rel=1e-5)
 
 
-@every_model
-def test_gradients_through_the_chunked_head_are_those_of_full_logits(name):
-    """Catches a head that, applied to three tokens at a time, loses or doubles gradients."""
-    model, pairs = MODELS[name](), some_pairs(seed=2)
-    logps, lengths = simpo.ResponseLogps(model, chunk=3)(**simpo.collate(pairs))
+@every_layout
+def test_every_gradient_is_that_of_separate_rows_with_full_logits(name, packed):
+    """Catches a head that, applied to three tokens at a time, loses or doubles gradients, and a
+    shared prompt that learns from one of its two answers only."""
+    model, scorer, layout = scorer_and_layout(name, packed, chunk=3)
+    pairs = some_pairs(seed=2)
+    logps, lengths = scorer(**simpo.collate(pairs, **layout))
     assert lengths.sum() > 3 * 3  # several chunks
     weights = torch.arange(1.0, len(logps) + 1) / lengths
     (logps * weights).sum().backward()
     chunked = {key: p.grad.clone() for key, p in model.named_parameters()}
-    model.zero_grad()
+    model = MODELS[name]()
     rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
     for weight, (prompt, answer) in zip(weights, rows):
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
@@ -677,6 +699,111 @@ def test_gradients_through_the_chunked_head_are_those_of_full_logits(name):
     for key, p in model.named_parameters():
         scale = p.grad.abs().max().item()
         torch.testing.assert_close(chunked[key], p.grad, rtol=0, atol=1e-5 * scale, msg=key)
+
+
+@pytest.mark.parametrize("side", ["chosen_ids", "rejected_ids"])
+def test_answers_packed_into_one_row_are_blind_to_each_other(side):
+    """Catches a rejected answer that reads the chosen one, or a pair that reads the one before."""
+    (_, scorer, layout), pairs = scorer_and_layout("llama", packed=True), some_pairs(seed=4)
+    before, _ = scorer(**simpo.collate(pairs, **layout))
+    pairs[1][side] = [(token + 1) % 264 for token in pairs[1][side]]
+    after, _ = scorer(**simpo.collate(pairs, **layout))
+    changed = 1 if side == "chosen_ids" else 5  # of the eight answers, the chosen ones first
+    assert [i for i in range(8) if before[i] != after[i]] == [changed]
+
+
+def test_a_packed_row_has_no_padding_and_each_prompt_once():
+    """Catches a layout that saves nothing: 3 + 2 + 4 tokens and 1 + 1 + 1, in one row."""
+    pairs = [
+        {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10, 11, 12, 13]},
+        {"prompt_ids": [14], "chosen_ids": [15], "rejected_ids": [16]},
+    ]
+    batch = simpo.collate(pairs, share_prompt=True)
+    assert batch["input_ids"].tolist() == [[*range(5, 17)]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 1]]
+    assert batch["plan"] == [[3, 2, 4], [1, 1, 1]]
+    assert batch["lengths"].tolist() == [2, 1, 4, 1]
+
+
+@pytest.mark.parametrize(
+    "queries, keys, heads, groups", [(7, 7, 4, 4), (5, 12, 6, 2), (1, 9, 2, 1)]
+)
+def test_attention_in_bf16_is_that_in_fp32_but_for_rounding(queries, keys, heads, groups):
+    """Catches the wrong key for a group of heads, and a diagonal that is off where keys abound."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, n, t, 8) for n, t in ((heads, queries), (groups, keys), (groups, keys))]
+    query, key, value = (torch.randn(shape, generator=draw) for shape in shapes)
+    by_hand = torch.empty(1, heads, queries, 8)
+    for head in range(heads):
+        for i in range(queries):
+            seen = keys - queries + i + 1
+            k, v = (x[0, head * groups // heads, :seen] for x in (key, value))
+            by_hand[0, head, i] = (k @ query[0, head, i] * 8**-0.5).softmax(0) @ v
+    exact = simpo.causal_attention(query, key, value, None)
+    torch.testing.assert_close(exact, by_hand, rtol=0, atol=1e-5)
+    rough = simpo.causal_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), 8**-0.5)
+    torch.testing.assert_close(rough.float(), by_hand, rtol=0, atol=0.03)
+
+
+def make_mistral(window):
+    torch.manual_seed(5)
+    config = transformers.MistralConfig(**SHAPE | LLAMA, sliding_window=window)
+    return transformers.MistralForCausalLM(config).eval()
+
+
+def make_bloom():
+    """ALiBi: its positions are distances in the row, whatever position_ids say."""
+    torch.manual_seed(6)
+    config = transformers.BloomConfig(**SHAPE, hidden_size=32, n_layer=2, n_head=4)
+    return transformers.BloomForCausalLM(config).eval()
+
+
+def make_mamba():
+    """A state-space model: what it has read, it cannot leave out."""
+    torch.manual_seed(7)
+    config = transformers.MambaConfig(**SHAPE, hidden_size=32, num_hidden_layers=2, state_size=4)
+    return transformers.MambaForCausalLM(config).eval()
+
+
+CANNOT_SHARE = {
+    "sliding window": partial(make_mistral, 20),
+    "ALiBi": make_bloom,
+    "state space": make_mamba,
+    "soft cap in the attention": make_gemma2,
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_SHARE)
+def test_a_model_that_cannot_share_prompts_gets_a_row_for_each_answer(
+    name, place, tmp_path, capsys
+):
+    """Catches scores that are silently wrong for attention that reads more than its segment."""
+    make_model = CANNOT_SHARE[name]
+    write_model(tmp_path / "model", make_model())
+    _, rows = run(tmp_path / "model", place / "nine.jsonl", tmp_path / "out", *STILL)
+    averages = [slow_averages(make_model(), make_tokenizer(), row) for row in NINE]
+    assert steps_of(rows)[0]["loss"] == pytest.approx(simpo_by_hand(averages)["loss"], rel=1e-5)
+    assert "cannot share prompts" in capsys.readouterr().out
+
+
+def test_a_model_that_can_share_prompts_does(place, tmp_path, monkeypatch):
+    """Catches a fast layout that is always given up: a long window and GPT-2 are no reason."""
+    layouts, collate = set(), simpo.collate
+    for name, model in {
+        "long": make_mistral(100),
+        "gpt2": make_gpt2(),
+        "tied": make_tied_llama(),
+    }.items():
+        write_model(tmp_path / name, model)
+
+        def spy(pairs, pad_token_id=0, share_prompt=False):
+            layouts.add((len(pairs) > 1, share_prompt))
+            return collate(pairs, pad_token_id, share_prompt)
+
+        monkeypatch.setattr(simpo, "collate", spy)
+        layouts.clear()
+        run(tmp_path / name, place / "nine.jsonl", tmp_path / f"{name}_out", *STILL)
+        assert (True, True) in layouts and (True, False) not in layouts
 
 
 def test_tokens_that_the_model_is_certain_of_count_in_the_length():
@@ -1078,6 +1205,7 @@ FOURS = ["--batch_size", 4, "--lr", 1e-3, "--max_grad_norm", 0.5, "--warmup_rati
 CUTS = {
     "one pair at a time": ["--micro_batch_size", 1],
     "two pairs at a time": ["--micro_batch_size", 2],
+    "by tokens": ["--micro_batch_tokens", 90],
     "with gradient checkpointing": ["--micro_batch_size", 2, "--gradient_checkpointing"],
 }
 
@@ -1123,11 +1251,122 @@ def test_how_a_batch_is_cut_changes_nothing(cut, in_fours, place, tmp_path):
     assert_same_training(one, tmp_path / "out")
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_passes_hold_every_pair_once_and_no_more_tokens_than_allowed(
+    processes, share_prompt, monkeypatch
+):
+    """Catches processes that wait for each other's pass, lost pairs, and memory without bound."""
+    monkeypatch.setattr(simpo, "WORLD_SIZE", processes)
+    rng, config = random.Random(5), simpo.Config(micro_batch_tokens=300)
+    for count in (1, 2, 7, 40):
+        sizes = [[rng.randint(1, n) for n in (90, 60, 60)] for _ in range(count)]
+        sizes[0] = [200, 80, 90]  # more than the budget: a pass of its own
+        cut = simpo.passes(torch.tensor(sizes), share_prompt, config)
+        assert sorted(i for hands in cut for hand in hands for i in hand) == [*range(count)]
+        assert all(len(hand) == processes for hands in cut for hand in hands[:-1])
+        for hands, rank in ((hands, rank) for hands in cut for rank in range(processes)):
+            mine = [sizes[hand[rank]] for hand in hands if rank < len(hand)]
+            packed = sum(sum(size) for size in mine)
+            rows = 2 * len(mine) * max((p + max(c, r) for p, c, r in mine), default=0)
+            assert (packed if share_prompt else rows) <= 300 or len(mine) == 1
+
+
 def test_two_processes_train_exactly_what_one_does(in_fours):
     """Catches gradients and metrics of rank 0 alone, and a batch that grows with the processes."""
     *_, one, two = in_fours
     assert len(steps_of(read_metrics(two))) == 3
     assert_same_training(one, two)
+
+
+@pytest.mark.parametrize("make_model", [make_llama, make_tied_llama])
+def test_a_model_spread_over_processes_trains_as_one_that_is_whole(make_model, place, tmp_path):
+    """Catches gradients of a shard that are scaled or lost, and a half or doubly saved model."""
+    write_model(tmp_path / "model", make_model())
+    run(tmp_path / "model", place / "nine.jsonl", tmp_path / "one", *FOURS)
+    source = ["--model", tmp_path / "model", "--dataset", place / "nine.jsonl", *FOURS]
+    source += ["--micro_batch_size", 1, "--gradient_checkpointing", "--shard"]
+    done = torchrun(2, *source, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture
+def process_group():
+    """What a process alone with a GPU has: a group of one, and so FSDP."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_process_alone_with_a_gpu_trains_as_one_without(place, tmp_path, process_group):
+    """Catches weights, saved or trained, that differ where FSDP holds them."""
+    flags = [*FOURS, "--micro_batch_size", 2]
+    run(place / "llama", place / "nine.jsonl", tmp_path / "fsdp", *flags)
+    assert not torch.distributed.is_initialized()
+    run(place / "llama", place / "nine.jsonl", tmp_path / "plain", *flags)
+    assert_same_training(tmp_path / "plain", tmp_path / "fsdp")
+
+
+def test_gradients_of_bf16_weights_are_summed_in_fp32():
+    """Catches a sum of 300 small gradients in bf16, which stops growing at 256 of them."""
+    policy = torch.nn.Linear(1, 1, bias=False)
+    exact = policy.weight.detach().clone()
+    (master,) = simpo.cast_weights(policy)
+    for _ in range(300):
+        policy(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    assert policy.weight.dtype == torch.bfloat16 and policy.weight.grad is None
+    assert master.grad.item() == 300.0 and master.dtype == torch.float32
+    assert torch.equal(master, exact) and torch.equal(policy.weight, exact.bfloat16())
+
+
+def test_bf16_steps_are_those_of_adamw_on_fp32_weights(place, tmp_path, monkeypatch):
+    """Catches a copy in bf16 that is not renewed, or that the optimizer takes for the weights."""
+    seen, gradients, cast_weights = {}, [], simpo.cast_weights
+
+    def spy(policy):
+        seen["policy"], seen["start"] = policy, [x.detach().clone() for x in policy.parameters()]
+        return cast_weights(policy)
+
+    def clip(weights, *_):  # instead of clipping: take down the gradients of this step
+        gradients.append([weight.grad.clone() for weight in weights])
+        for used, weight in zip(seen["policy"].parameters(), weights):
+            assert torch.equal(used, weight.bfloat16())  # of the step before
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(simpo, "cast_weights", spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    flags = ["--dtype", "bf16", "--batch_size", 4, "--lr", 1e-3, "--micro_batch_size", 2]
+    _, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    optimizer = torch.optim.AdamW(seen["start"], 1e-3, weight_decay=0.0, fused=True)
+    for row, grads in zip(steps_of(rows), gradients, strict=True):
+        optimizer.param_groups[0]["lr"] = row["lr"]
+        for weight, grad in zip(seen["start"], grads):
+            weight.grad = grad
+        optimizer.step()
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    names = [name for name, _ in make_llama().named_parameters()]
+    for name, weight in zip(names, seen["start"], strict=True):
+        assert torch.equal(saved[name], weight), name  # bit by bit
+
+
+@pytest.mark.parametrize("flags", [[], ["--shard"]], ids=str)
+def test_a_model_too_big_for_the_device_is_refused_with_what_to_do(flags, mistake, monkeypatch):
+    """Catches an out-of-memory traceback after minutes of loading."""
+    monkeypatch.setattr("os.sysconf", lambda name: 1 << 9)  # a machine of 512 pages of 512 bytes
+    line = mistake(*flags)
+    assert "--model" in line and "GiB" in line
+    assert ("more processes" if flags else "--shard") in line
+
+
+@pytest.mark.skipif("SIMPO_SLOW" not in os.environ, reason="compiles for half a minute")
+def test_compiled_layers_train_as_they_are_written(place, tmp_path):
+    """Catches a compiled layer that ignores the plan of a packed row."""
+    for name, flags in {"plain": [], "compiled": ["--compile"]}.items():
+        run(place / "llama", place / "nine.jsonl", tmp_path / name, *FOURS, *flags)
+    assert_same_training(tmp_path / "plain", tmp_path / "compiled")
 
 
 def test_an_evaluation_on_two_processes_is_the_mean_over_all_pairs(in_fours):
@@ -1458,7 +1697,7 @@ BAD_FLAGS = {  # flags -> what the line must say besides the first flag
     "--beta 0": ["0"],
     "--beta -1": ["-1"],
     "--label_smoothing 0.7": ["0.7"],
-    "--batch_size 10 --micro_batch_size 4": ["10", "4"],
+    "--micro_batch_tokens 0": ["0"],
     "--batch_size 0": ["0"],
     "--lr nan": ["nan"],
     "--lr fast": ["fast"],
