@@ -10,7 +10,7 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 
 Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabulary, D hidden.
 Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO (3 to 7):
- 1. Compute is bf16 over fp32 weights (autocast); log-softmax, sums and losses are fp32.
+ 1. Compute is bf16, from fp32 weights; log-softmax, sums, losses and Adam's steps are fp32.
  2. A prompt above --max_prompt_length loses what follows the template's opening, not its end.
  3. --gamma is the paper's gamma; the official gamma_beta_ratio is gamma / beta.
  4. An answer is scored from after the assistant header to one end-of-turn token, and no further.
@@ -125,7 +125,7 @@ def implicit_rewards(logps, s_ref, n, beta=1.0, tau=1.0, alpha=0.0, **others) ->
 
 # ------------------------------------------------------------------------------ log-likelihood
 class ResponseLogps(nn.Module):
-    """A causal language model that scores answers; the one module that FSDP wraps."""
+    """A causal language model that scores answers; the module whose forward FSDP knows."""
 
     def __init__(self, model: nn.Module, chunk: int = 1024):
         super().__init__()
@@ -375,10 +375,9 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
             raise UserError(f"none of {len(rows)} rows with {rows.column_names} is left: {why}")
     lost, cut = len(rows) - len(kept), sum(kept["truncated"])
     lengths = torch.tensor(list(kept["lengths"]))
-    prompt, chosen, rejected = lengths.double().mean(0).tolist()
+    means = zip(("prompt", "chosen", "rejected"), lengths.double().mean(0).tolist())
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
-    print(f"{'':13}{cut} truncated; ", end="")
-    print(f"mean tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}")
+    print(f"{'':13}{cut} truncated; mean tokens:", ", ".join(f"{k} {x:.0f}" for k, x in means))
     lost = {"dropped_pairs": lost, "truncated_pairs": cut}
     return Data(kept, lengths), {name: count for name, count in lost.items() if count}
 
