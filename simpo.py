@@ -22,6 +22,7 @@ Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
@@ -172,16 +173,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 def segment_attention(module, query, key, value, attention_mask, plan, scaling=None, **options):
     """Attention of a row [prompt chosen rejected][prompt chosen rejected]...; see `collate`.
     Chosen tokens see prompt and chosen, rejected ones prompt and rejected: two causal attentions a
-    pair, without padding, and no mask [T, T] exists. [1, heads, T, d] -> [1, T, heads, d].
+    pair, and neither padding nor a mask over the row. [1, heads, T, d] -> [1, T, heads, d].
     """
-    outputs, start = [], 0
-    for prompt, chosen, rejected in plan:
-        middle, end = prompt + chosen, prompt + chosen + rejected
-        q, k, v = (x[:, :, start : start + end] for x in (query, key, value))
-        first = q[:, :, :middle], k[:, :, :middle], v[:, :, :middle]
-        k, v = (torch.cat([x[:, :, :prompt], x[:, :, middle:]], 2) for x in (k, v))
-        outputs += [causal_attention(*x, scaling) for x in (first, (q[:, :, middle:], k, v))]
-        start += end
+    outputs, sizes = [], [sum(lengths) for lengths in plan]
+    parts = (x.split(sizes, dim=2) for x in (query, key, value))
+    for (prompt, chosen, _), q, k, v in zip(plan, *parts):
+        middle = prompt + chosen
+        outputs.append(causal_attention(*(x[:, :, :middle] for x in (q, k, v)), scaling))
+        k, v = (torch.cat([x[:, :, :prompt], x[:, :, middle:]], dim=2) for x in (k, v))
+        outputs.append(causal_attention(q[:, :, middle:], k, v, scaling))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
@@ -301,9 +301,8 @@ def collate(pairs: list[dict], pad_token_id: int = 0, share_prompt: bool = False
         ends = ends * 2
     else:
         rows = [torch.tensor(p + y) for p, y in zip(prompts * 2, answers)]
-        pad = {"batch_first": True, "padding_value": pad_token_id}
-        input_ids = nn.utils.rnn.pad_sequence(rows, **pad)  # [2B, T]
-        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        input_ids = nn.utils.rnn.pad_sequence(rows, True, pad_token_id)  # [2B, T]
+        position_ids = torch.arange(input_ids.shape[1]).repeat(len(rows), 1)
         starts = ends = [i * input_ids.shape[1] + len(p) for i, p in enumerate(prompts * 2)]
     # A token is predicted one place before it; an answer's first one at the end of the prompt.
     spans = zip(ends, starts, answers)
@@ -463,7 +462,7 @@ def parse_config(argv: list[str] | None) -> Config:
             raise UserError(f"{flag[name]} {x}: use a finite number, {least}")
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
-    c.micro_batch_tokens = c.micro_batch_tokens or (16384 if DEVICE.type == "cuda" else 2048)
+    c.micro_batch_tokens = c.micro_batch_tokens or (8192 if DEVICE.type == "cuda" else 2048)
     every = set().union(*HYPERPARAMETERS.values())
     strange = " ".join(flag[name] for name in given if name in every and name not in read)
     reads = ", ".join(flag[name] for name in vars(c) if name in read) or "no such flags"
@@ -497,11 +496,6 @@ BAR = {"loss", *METRICS[3:5], "lr", "tokens_per_second"}  # on the progress bar
 END = BAR | {"chosen_drift", "win_rate", "answer_length"}  # in the closing lines, too
 
 
-def device_gib() -> float:  # of the GPU, or of the machine
-    cpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (torch.cuda.mem_get_info()[1] if DEVICE.type == "cuda" else cpu) / 2**30
-
-
 def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on a CPU
     cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
     return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else cpu) / 2**30
@@ -519,7 +513,7 @@ def whole(x: Tensor) -> Tensor:  # what FSDP has spread; all processes must ask 
 
 
 def start_up() -> None:
-    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0
+    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0, and silent elsewhere
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if DEVICE.type == "cuda":
@@ -528,9 +522,10 @@ def start_up() -> None:
     if (WORLD_SIZE > 1 or DEVICE.type == "cuda") and not torch.distributed.is_initialized():
         alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         torch.distributed.init_process_group(**alone if WORLD_SIZE == 1 else {})
-    if sys.platform == "linux":  # keep freed memory: to get it anew takes 15% of a step on a CPU
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+    if sys.platform == "linux" and DEVICE.type == "cpu":
+        # glibc: keep freed memory, which costs 15% of a step if it has to be asked for each time.
+        mallopt, most = ctypes.CDLL(None).mallopt, 2**31 - 1
+        _ = mallopt(-3, most) and mallopt(-1, most)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def load_model(name: str, source: str, config: Config) -> nn.Module:
@@ -547,8 +542,10 @@ def load_model(name: str, source: str, config: Config) -> nn.Module:
         hidden = model.base_model(ids[None])[0][0]
         if not ResponseLogps(model).token_logps(hidden, ids).allclose(right, rtol=1e-3):
             raise UserError(f"{type(model).__name__} scales logits, or has dropout, in its own way")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        have = (torch.cuda.mem_get_info()[1] if DEVICE.type == "cuda" else machine) / 2**30
         need = 16 * model.num_parameters() / (WORLD_SIZE if config.shard else 1) / 2**30
-        if name == "model" and need > (have := device_gib()):
+        if name == "model" and need > have and not config.inspect:
             text = f"training takes {need:.1f} GiB and activations, a device has {have:.1f}"
             raise UserError(f"{text}: use {'more processes' if config.shard else '--shard'}")
     return model
@@ -566,7 +563,7 @@ def can_share_prompt(policy: ResponseLogps, sets: list[Data]) -> bool:
             model.set_attn_implementation("segments" if share_prompt else usual)
             batch = collate([start], share_prompt=share_prompt)
             scores.append(policy(**{k: to_device(x, model.device) for k, x in batch.items()})[0])
-    same = len(scores) == 2 and scores[1].allclose(scores[0], rtol=1e-4)
+    same = len(scores) == 2 and scores[1].allclose(scores[0], rtol=1e-4, atol=1e-4)
     if same and not soft_cap and not any(window and window < longest for window in windows):
         return True
     model.set_attn_implementation(usual)
@@ -576,17 +573,15 @@ def can_share_prompt(policy: ResponseLogps, sets: list[Data]) -> bool:
 
 def cast_weights(policy: nn.Module) -> list[Tensor]:
     """Turn the weights into bf16 -> the fp32 ones, whose .grad sums the gradients of all passes."""
-    masters = []
-    for weight in policy.parameters():
-        masters.append(weight.detach().clone())
-        masters[-1].grad = torch.zeros_like(weight)
 
-        def collect(weight: Tensor, master: Tensor = masters[-1]) -> None:
-            master.grad += weight.grad
-            weight.grad = None
+    def collect(used: Tensor, master: Tensor) -> None:
+        master.grad = used.grad.float() if master.grad is None else master.grad.add_(used.grad)
+        used.grad = None
 
-        weight.data = weight.data.bfloat16()
-        weight.register_post_accumulate_grad_hook(collect)
+    masters = [weight.data for weight in policy.parameters()]
+    for weight, master in zip(policy.parameters(), masters):
+        weight.data = master.bfloat16()
+        weight.register_post_accumulate_grad_hook(partial(collect, master=master))
     return masters
 
 
@@ -603,12 +598,13 @@ def prepare(model: nn.Module, config: Config, sets: list[Data]) -> ResponseLogps
     for layer in layers if config.compile else ():
         layer.compile()
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    if grouped := torch.distributed.is_initialized():
-        shape, names = (1, WORLD_SIZE) if config.shard else (WORLD_SIZE, 1), ("replicate", "shard")
+    if torch.distributed.is_initialized():
+        shape = (WORLD_SIZE,) if config.shard or WORLD_SIZE == 1 else (WORLD_SIZE, 1)
+        names = ("replicate", "shard")[-len(shape) :]
         mesh = torch.distributed.init_device_mesh(DEVICE.type, shape, mesh_dim_names=names)
-        for module in (*layers, policy):
+        for module in (*reversed(layers), policy):  # from the inside out
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
-    cast = config.dtype == "bf16" and not grouped
+    cast = config.dtype == "bf16" and not isinstance(policy, FSDPModule)
     policy.weights = cast_weights(policy) if cast else list(policy.parameters())
     return policy
 
@@ -622,6 +618,8 @@ def save(policy: ResponseLogps, tokenizer, folder: Path) -> None:
         state |= {name: full.cpu()} if RANK == 0 else {}
     if RANK == 0:
         policy.model.save_pretrained(folder, state_dict=state)
+        policy.model.config.dtype = torch.float32  # and not that of a copy in bf16
+        policy.model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -629,14 +627,14 @@ def save(policy: ResponseLogps, tokenizer, folder: Path) -> None:
 def passes(lengths: Tensor, share_prompt: bool, config: Config) -> list[list[list[int]]]:
     """Cut pairs with these lengths [B, 3] into passes of at most --micro_batch_tokens a process.
     A pass is a list of hands, a hand one pair for each process, the longest first: so there is
-    little padding, and every process has the same number of passes.
+    little padding, and every process has the same number of passes. A pair above that passes alone.
     """
     prompt, longer = lengths[:, 0], lengths[:, 1:].amax(1)
     tokens = lengths.sum(1) if share_prompt else 2 * (prompt + longer)
-    cut, most = [], config.micro_batch_size or math.inf
+    cut, most_pairs = [], config.micro_batch_size or math.inf
     for hand in tokens.argsort(descending=True, stable=True).split(WORLD_SIZE):
-        most_tokens = tokens[cut[-1][0][0]] * (len(cut[-1]) + 1) if cut else math.inf
-        if most_tokens > config.micro_batch_tokens or len(cut[-1]) == most:
+        grown = tokens[cut[-1][0][0]] * (len(cut[-1]) + 1) if cut else math.inf
+        if grown > config.micro_batch_tokens or len(cut[-1]) == most_pairs:
             cut.append([])
         cut[-1].append(hand.tolist())
     return cut
@@ -708,10 +706,9 @@ def train(policy, data: Data, config, steps: int, log, evaluate) -> None:
                 raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         else:
             optimizer.step()
-            with torch.no_grad():
-                for used, weight in zip(policy.parameters(), policy.weights):
-                    _ = used is weight or used.copy_(weight)  # of cast_weights
-        optimizer.zero_grad(set_to_none=False)
+            for used, weight in zip(policy.parameters(), policy.weights):
+                _ = used is weight or used.data.copy_(weight)  # renew the copy of cast_weights
+        optimizer.zero_grad()
         schedule.step()
         if not skipped and (step % config.log_every == 0 or step == steps):
             seconds = time.perf_counter() - started
@@ -777,11 +774,12 @@ def judge(policy, tokenizer, pairs) -> dict:
     """Of the demo's answers, sampled: the share that is right, and their length in letters."""
     torch.manual_seed(0)
     prompts = torch.tensor([pair["prompt_ids"] for pair in pairs], device=DEVICE)
-    if isinstance(policy, FSDPModule):
+    if isinstance(policy, FSDPModule):  # generate does not go through the policy's own forward
         policy.unshard()
+    usual, options = policy.model.config._attn_implementation, {"synced_gpus": WORLD_SIZE > 1}
     policy.model.set_attn_implementation("sdpa")
-    ids = policy.model.generate(prompts, do_sample=True, max_new_tokens=48)
-    policy.model.set_attn_implementation("segments")
+    ids = policy.model.generate(prompts, do_sample=True, max_new_tokens=48, **options)
+    policy.model.set_attn_implementation(usual)
     texts = tokenizer.batch_decode(ids)
     words, answers = zip(*(text.split("</s>")[0].split("=", 1) for text in texts))
     hits = ["".join(sorted(w)) == answer.rstrip("!") for w, answer in zip(words, answers)]
@@ -798,13 +796,13 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         with blame(f"--model {config.model}", config.model):
             tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        if RANK > 0:  # rank 0 tokenizes, the others read what it has cached
+        if LOCAL_RANK > 0:  # one process tokenizes, the others read what it has cached
             torch.distributed.barrier()
         data, counts = load_pairs("dataset", config.train_split, tokenizer, config)
         sets = [data]
         if config.eval_dataset or config.eval_split:
             sets += load_pairs("eval_dataset", config.eval_split, tokenizer, config)[:1]
-        if RANK == 0 and WORLD_SIZE > 1:
+        if LOCAL_RANK == 0 and WORLD_SIZE > 1:
             torch.distributed.barrier()
         model = load_model("model", config.model, config)
     policy = prepare(model, config, sets)
@@ -818,6 +816,7 @@ def main(argv: list[str] | None = None) -> dict:
             sets[i] = data._replace(reference=logps)
         print(f"reference    scored once, in {time.perf_counter() - started:.1f} s")
         del scorer
+        gc.collect()  # FSDP's modules are cycles of references
     data, held_out = (*sets, None)[:2]
     if config.inspect:
         return inspect_pairs(policy, tokenizer, data, config) or {}

@@ -745,6 +745,13 @@ def test_attention_in_bf16_is_that_in_fp32_but_for_rounding(queries, keys, heads
     torch.testing.assert_close(rough.float(), by_hand, rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_a_batch_has_nothing_that_pinned_memory_would_refuse(share_prompt):
+    """Catches an expanded tensor, of which a GPU's copy would write one place many times."""
+    batch = simpo.collate(some_pairs(), share_prompt=share_prompt)
+    assert {k for k, x in batch.items() if k != "plan" and not x.is_contiguous()} == set()
+
+
 def make_mistral(window):
     torch.manual_seed(5)
     config = transformers.MistralConfig(**SHAPE | LLAMA, sliding_window=window)
@@ -1347,6 +1354,8 @@ def test_bf16_steps_are_those_of_adamw_on_fp32_weights(place, tmp_path, monkeypa
             weight.grad = grad
         optimizer.step()
     saved = load_file(tmp_path / "out" / "model.safetensors")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float32  # config.json says so
     names = [name for name, _ in make_llama().named_parameters()]
     for name, weight in zip(names, seen["start"], strict=True):
         assert torch.equal(saved[name], weight), name  # bit by bit
