@@ -513,7 +513,7 @@ def whole(x: Tensor) -> Tensor:  # what FSDP has spread; all processes must ask 
 
 
 def start_up() -> None:
-    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0, and silent elsewhere
+    """Quiet libraries, the GPU, the group of processes, the allocator; after the flags are right."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if DEVICE.type == "cuda":
@@ -525,7 +525,8 @@ def start_up() -> None:
     if sys.platform == "linux" and DEVICE.type == "cpu":
         # glibc: keep freed memory, which costs 15% of a step if it has to be asked for each time.
         mallopt, most = ctypes.CDLL(None).mallopt, 2**31 - 1
-        _ = mallopt(-3, most) and mallopt(-1, most)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        if mallopt(-3, most):  # M_MMAP_THRESHOLD, which an old glibc does not let be as large
+            mallopt(-1, most)  # M_TRIM_THRESHOLD
 
 
 def load_model(name: str, source: str, config: Config) -> nn.Module:
@@ -604,7 +605,7 @@ def prepare(model: nn.Module, config: Config, sets: list[Data]) -> ResponseLogps
         mesh = torch.distributed.init_device_mesh(DEVICE.type, shape, mesh_dim_names=names)
         for module in (*reversed(layers), policy):  # from the inside out
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
-    cast = config.dtype == "bf16" and not isinstance(policy, FSDPModule)
+    cast = dtype == torch.bfloat16 and not isinstance(policy, FSDPModule)
     policy.weights = cast_weights(policy) if cast else list(policy.parameters())
     return policy
 
@@ -669,7 +670,8 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
         logps = a if config.loss in LENGTH_NORMALISED and not config.no_length_norm else s
         rw, rl = implicit_rewards(logps, s_ref, n, **options)
         rows = torch.stack([losses, rw, rl, rw - rl, rw > rl, *logps, *a]).detach().double()
-        places, columns = places + mine, [*columns, weight * rows]
+        places += mine
+        columns.append(weight * rows)
     table = torch.zeros(len(indices), len(METRICS), dtype=torch.float64, device=DEVICE)
     table[places] = torch.cat(columns, 1).T
     if WORLD_SIZE > 1:
@@ -707,7 +709,8 @@ def train(policy, data: Data, config, steps: int, log, evaluate) -> None:
         else:
             optimizer.step()
             for used, weight in zip(policy.parameters(), policy.weights):
-                _ = used is weight or used.data.copy_(weight)  # renew the copy of cast_weights
+                if used is not weight:  # the copy of cast_weights
+                    used.data.copy_(weight)
         optimizer.zero_grad()
         schedule.step()
         if not skipped and (step % config.log_every == 0 or step == steps):
@@ -789,8 +792,9 @@ def judge(policy, tokenizer, pairs) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; -> the metrics of the last evaluation."""
-    start_up()
+    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0, and silent elsewhere
     config, counts, baseline = parse_config(argv), {}, {}
+    start_up()
     if config.model is None:
         tokenizer, model, sets = build_demo(config)
     else:

@@ -1,7 +1,7 @@
 """Tests of simpo.py: what could go wrong without anybody noticing, and how one would notice.
 
     python -m pytest test_simpo.py                  # about a minute on two CPU cores
-    SIMPO_SLOW=1 python -m pytest test_simpo.py     # with the built-in demo, another minute
+    SIMPO_SLOW=1 python -m pytest test_simpo.py     # with the demo and --compile, two minutes more
 
 Every expected number comes from somewhere else than simpo.py: worked out by hand in plain Python
 floats, by a slow loop that scores one token at a time, or by another process. All models are
@@ -129,6 +129,9 @@ STYLES = {
 every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 
 
+SLOW = pytest.mark.skipif(os.environ.get("SIMPO_SLOW") != "1", reason="a minute; SIMPO_SLOW=1")
+
+
 # ------------------------------------------------------------------------- tiny models
 SHAPE = {"vocab_size": 264, "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 3}
 SHAPE |= {"initializer_range": 0.3}  # large weights, so that answers differ in likelihood
@@ -161,7 +164,6 @@ def make_gemma2():
 
 
 MODELS = {"llama": make_llama, "gpt2": make_gpt2, "gemma2": make_gemma2}
-every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def scorer_and_layout(name, packed, **options):
@@ -1370,7 +1372,7 @@ def test_a_model_too_big_for_the_device_is_refused_with_what_to_do(flags, mistak
     assert ("more processes" if flags else "--shard") in line
 
 
-@pytest.mark.skipif("SIMPO_SLOW" not in os.environ, reason="compiles for half a minute")
+@SLOW
 def test_compiled_layers_train_as_they_are_written(place, tmp_path):
     """Catches a compiled layer that ignores the plan of a packed row."""
     for name, flags in {"plain": [], "compiled": ["--compile"]}.items():
@@ -1880,9 +1882,6 @@ def test_a_mistake_of_the_second_process_alone_is_told_too(place, tmp_path, monk
     assert done.returncode != 0
     assert done.stderr.count("simpo.py: error: ") == 1
     assert re.search(r"simpo.py: error: --model .*llama: this card is full", done.stderr)
-
-
-SLOW = pytest.mark.skipif(os.environ.get("SIMPO_SLOW") != "1", reason="a minute; SIMPO_SLOW=1")
 
 
 def demo(out, *flags):
