@@ -22,20 +22,27 @@ Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import gc
+import hashlib
 import json
 import math
 import os
 import resource
+import shutil
+import signal
 import sys
 import time
+import warnings
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
@@ -189,9 +196,9 @@ transformers.AttentionInterface.register("segments", segment_attention)
 
 
 # ------------------------------------------------------------------------------ data
-# Tokenized pairs; lengths [pairs, 3] of prompt, chosen and rejected answer, in tokens; and, where
-# there is a reference, its logps of the answers, [pairs, 2].
-Data = namedtuple("Data", "pairs lengths reference", defaults=[None])
+# Tokenized pairs; lengths [pairs, 3] of prompt, chosen and rejected answer, in tokens; a digest of
+# them all; and the reference's logps of the answers, [pairs, 2], 0 where there is no reference.
+Data = namedtuple("Data", "pairs lengths digest reference")
 
 
 class UserError(Exception):
@@ -331,6 +338,10 @@ def blame(what: str, source: str | None = None):
         raise UserError(f"{what}: {why.splitlines()[0]}{hint}") from e
 
 
+def digest(x) -> str:
+    return hashlib.sha256(repr(x).encode()).hexdigest()[:12]
+
+
 def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
     """A flag's hub id, file or folder -> its usable pairs, "row" from 1 up, and what is lost."""
     limits = config.max_length, config.max_prompt_length  # not config: its lr would spoil the cache
@@ -340,7 +351,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
     def encode(row: dict, index: int) -> dict:
         with blame(f"row {index + 1}"):
             pair = tokenize_pair(row, tokenizer, *limits, lambda why: empty | {"dropped": why})
-        return {"row": index + 1, "dropped": "", **pair}
+        return {"row": index + 1, "dropped": "", "digest": digest(pair), **pair}
 
     import datasets  # here, so that all the rest works without it
 
@@ -355,7 +366,7 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
             cells = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
             options = {"keep_default_na": False, "converters": cells} if suffix == ".csv" else {}
             options["data_files"] = path.name
-            rows = datasets.load_dataset(str(path.parent), split=split, **options)
+            rows = datasets.load_dataset(str(path.absolute().parent), split=split, **options)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(source)  # of save_to_disk
             rows = rows[split] if isinstance(rows, dict) else rows
@@ -378,7 +389,8 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
     print(f"{name:13}{source}: {len(rows)} pairs read, {lost} dropped{why and f' ({why})'}")
     print(f"{'':13}{cut} truncated; mean tokens:", ", ".join(f"{k} {x:.0f}" for k, x in means))
     lost = {"dropped_pairs": lost, "truncated_pairs": cut}
-    return Data(kept, lengths), {name: count for name, count in lost.items() if count}
+    data = Data(kept, lengths, digest(list(kept["digest"])), torch.zeros(len(kept), 2))
+    return data, {name: count for name, count in lost.items() if count}
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -419,7 +431,10 @@ class Config:
     seed: Annotated[int, "of the order of pairs, and of the demo"] = 0
     dtype: Annotated[str | None, "of compute, bf16 or fp32; unset: bf16 on GPU only"] = None
     output_dir: Annotated[str, "for the model, metrics.jsonl and simpo_run.json"] = "simpo_output"
-    overwrite: Annotated[bool, "replace a model in --output_dir"] = False
+    overwrite: Annotated[bool, "replace a model, or another run, in --output_dir"] = False
+    resume: Annotated[bool, "go on from the newest checkpoint in --output_dir, if any"] = False
+    save_every: Annotated[int, "steps between checkpoints; 0: just when stopped"] = 100
+    keep_checkpoints: Annotated[int, "newest checkpoints to keep"] = 2
     log_every: Annotated[int, "steps per row of metrics.jsonl"] = 1
     eval_every: Annotated[int, "steps between evaluations; 0: just before and after"] = 0
     inspect: Annotated[int, "show this many pairs as the model sees them, and exit"] = 0
@@ -429,27 +444,33 @@ class Config:
 GROUPS = {"model": "model and data", "loss": "objective", "lr": "training", "output_dir": "output"}
 CHOICES = {"loss": OBJECTIVES, "dtype": ("bf16", "fp32")}
 ABOVE_0 = {"beta", "tau", "lr", "epochs", "log_every", "batch_size", "micro_batch_size"}
-ABOVE_0 |= {"max_length", "max_prompt_length", "micro_batch_tokens"}
+ABOVE_0 |= {"max_length", "max_prompt_length", "micro_batch_tokens", "keep_checkpoints"}
 DEMO = {"lr": 3e-5, "batch_size": 32, "max_steps": 100, "output_dir": "simpo_demo"}
 NOT_IN_DEMO = {"eval_dataset", "train_split", "eval_split", "ref_model", "epochs"}
 NOT_IN_DEMO |= {"max_length", "max_prompt_length", "gradient_checkpointing"}
+FLAG = {f.name: (*get_args(f.type)[2:], f"--{f.name}")[0] for f in fields(Config)}
+# A resumed run may differ in these, which decide how a step is cut and what is written, and in the
+# names of its data, whose digest has to be the same.
+FREE = {"dataset", "train_split", "eval_dataset", "eval_split", "micro_batch_tokens", "shard"}
+FREE |= {"micro_batch_size", "gradient_checkpointing", "compile"}
+FREE |= set([*FLAG][[*FLAG].index("output_dir") :])
 
 
 def parse_config(argv: list[str] | None) -> Config:
     """The command line, checked, with what depends on other flags filled in."""
     options = {"allow_abbrev": False, "exit_on_error": False, "argument_default": argparse.SUPPRESS}
     epilog = f"Without --model and --dataset it runs a demo, whose own defaults are {DEMO}."
-    parser, flag = argparse.ArgumentParser("simpo.py", epilog=epilog, **options), {}
+    parser = argparse.ArgumentParser("simpo.py", epilog=epilog, **options)
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        kind, text, *name = get_args(f.type)
-        flag[f.name], kind = (name or [f"--{f.name}"])[0], (get_args(kind) or [kind])[0]
+        kind, text = get_args(f.type)[:2]
+        kind = (get_args(kind) or [kind])[0]
         how = {"action": "store_true"} if kind is bool else {"type": kind}
         how |= {"choices": CHOICES[f.name]} if f.name in CHOICES else {}
         own = [f"{x} {read[f.name]}" for x, read in HYPERPARAMETERS.items() if f.name in read]
         text += f" ({', '.join(own) or f.default})" if own or f.default is not None else ""
-        group.add_argument(flag[f.name], dest=f.name, help=text, **how)
+        group.add_argument(FLAG[f.name], dest=f.name, help=text, **how)
     with blame("command line"):
         flags, unknown = parser.parse_known_args(argv)
     given = vars(flags)
@@ -459,16 +480,17 @@ def parse_config(argv: list[str] | None) -> Config:
     for name, x in vars(c).items():
         if isinstance(x, (int, float)) and not (0 < x < math.inf or x == 0 and name not in ABOVE_0):
             least = "above 0" if name in ABOVE_0 else "0 or more"
-            raise UserError(f"{flag[name]} {x}: use a finite number, {least}")
+            raise UserError(f"{FLAG[name]} {x}: use a finite number, {least}")
     c.dtype = c.dtype or ("bf16" if DEVICE.type == "cuda" else "fp32")
     c.max_prompt_length = c.max_prompt_length or c.max_length * 1800 // 2048
     c.micro_batch_tokens = c.micro_batch_tokens or (8192 if DEVICE.type == "cuda" else 2048)
     every = set().union(*HYPERPARAMETERS.values())
-    strange = " ".join(flag[name] for name in given if name in every and name not in read)
-    reads = ", ".join(flag[name] for name in vars(c) if name in read) or "no such flags"
-    idle = " ".join(flag[name] for name in given if demo and name in NOT_IN_DEMO)
+    strange = " ".join(FLAG[name] for name in given if name in every and name not in read)
+    reads = ", ".join(FLAG[name] for name in vars(c) if name in read) or "no such flags"
+    idle = " ".join(FLAG[name] for name in given if demo and name in NOT_IN_DEMO)
     fresh = c.overwrite or c.inspect or (demo and "output_dir" not in given)
     taken = not fresh and (Path(c.output_dir) / "config.json").exists()
+    begun = not fresh and not c.resume and checkpoints(c.output_dir)
     for wrong, message in (
         (unknown, f"{' '.join(unknown)}: there is no such flag"),
         (idle, f"{idle}: not for the demo, which runs without --model and --dataset"),
@@ -478,6 +500,7 @@ def parse_config(argv: list[str] | None) -> Config:
         (c.warmup_ratio > 1, f"--warmup_ratio {c.warmup_ratio}: use 0 to 1"),
         (c.ref_model and c.loss not in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
         (taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
+        (begun, f"--output_dir {c.output_dir} holds a run: --resume it, or --overwrite it"),
     ):
         if wrong:
             raise UserError(message)
@@ -512,10 +535,19 @@ def whole(x: Tensor) -> Tensor:  # what FSDP has spread; all processes must ask 
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
+def gather(x) -> list:
+    """x of each process, on all of them."""
+    each = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(each, x)
+    return each
+
+
 def start_up() -> None:
     """Quiet libraries, the GPU, the group of processes, the allocator; after the flags are right."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
         torch.cuda.reset_peak_memory_stats()
@@ -586,6 +618,13 @@ def cast_weights(policy: nn.Module) -> list[Tensor]:
     return masters
 
 
+def refresh(policy: ResponseLogps) -> None:
+    """Make the bf16 copy of `cast_weights`, where there is one, that of the fp32 weights."""
+    for used, weight in zip(policy.parameters(), policy.weights):
+        if used is not weight:
+            used.data.copy_(weight)
+
+
 def prepare(model: nn.Module, config: Config, sets: list[Data]) -> ResponseLogps:
     """A model with fp32 weights -> a policy that computes in --dtype, on its device.
     policy.weights are the fp32 weights, which the optimizer steps. With several processes, or a
@@ -611,17 +650,152 @@ def prepare(model: nn.Module, config: Config, sets: list[Data]) -> ResponseLogps
 
 
 def save(policy: ResponseLogps, tokenizer, folder: Path) -> None:
-    """Write the fp32 weights, whole and each once, by all processes together."""
+    """Write the fp32 weights, whole and each once, by all processes together; config.json last."""
     kept, buffers = policy.model.state_dict().keys(), dict(policy.model.named_buffers())
     state = {name: buffers[name] for name in buffers if name in kept}
     for (name, _), weight in zip(policy.model.named_parameters(), policy.weights):
         full = whole(weight)
         state |= {name: full.cpu()} if RANK == 0 else {}
     if RANK == 0:
-        policy.model.save_pretrained(folder, state_dict=state)
+        new = folder / "unfinished"
+        shutil.rmtree(new, ignore_errors=True)
+        policy.model.save_pretrained(new, state_dict=state)
         policy.model.config.dtype = torch.float32  # and not that of a copy in bf16
-        policy.model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        policy.model.config.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        os.sync()
+        for old in folder.glob("model*.safetensors*"):  # it may have been in more files
+            old.unlink()
+        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.rename(folder / path.name)
+        new.rmdir()
+
+
+# ------------------------------------------------------------------------------ checkpoints
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came: training ends between two steps, and its state is saved."""
+
+
+STOP = []  # what came of these signals
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Let SIGINT and SIGTERM wait in STOP until a step is finished."""
+
+    def note(number: int, frame) -> None:
+        STOP.append(number)
+        if RANK == 0:  # one print must not interrupt another
+            os.write(2, b"\nstopping: this step is finished, then all is saved\n")
+
+    usual = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        STOP.clear()
+        for number, handler in usual:
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alone_in(out: Path):
+    """Make a folder, and keep other runs out of it until this one ends, in whatever way."""
+    with contextlib.ExitStack() as stack:
+        with blame(f"--output_dir {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(out / "metrics.jsonl", "a"))
+            try:
+                if RANK == 0:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError("another run is writing there") from None
+            except OSError:  # a file system that has no locks
+                pass
+        yield
+
+
+def checkpoints(out: Path | str) -> list[Path]:
+    """The newest first. None is unfinished, but a disk may have damaged one."""
+    found = {path.name[11:]: path for path in Path(out).glob("checkpoint-*")}
+    return [found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    def of(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = [path for path in folder.iterdir() if path.name != "digests.json"]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((path.name for path in files), pool.map(of, files)))
+
+
+def tensors(policy: ResponseLogps, optimizer, sets: list[Data]) -> dict[str, Tensor]:
+    """What a checkpoint holds, beside run.json and metrics.jsonl. Pairs have an order that follows
+    from seed and step, the learning rate follows from the step, and nothing else is random."""
+    state = {f"reference.{i}": data.reference for i, data in enumerate(sets)}
+    for (name, _), weight in zip(policy.named_parameters(), policy.weights):
+        parts = {"weight": weight.detach()} | optimizer.state[weight]
+        state |= {f"{part}.{name}": x for part, x in parts.items()}
+    return state
+
+
+def save_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: dict) -> None:
+    """Write checkpoint-STEP, all processes together. It gets its name when all of it is on the
+    disk. If that fails on one, OSError on all of them; the checkpoints before stay."""
+    out, state, error = Path(config.output_dir), tensors(policy, optimizer, sets), None
+    new, folder = out / "unfinished", out / f"checkpoint-{run['step']}"
+    files = {name: 1 + i // 64 for i, name in enumerate(state)}  # each is whole in memory once
+    writer = dcp.HuggingFaceStorageWriter(str(new), files, save_distributed=True)
+    try:
+        if RANK == 0:
+            shutil.rmtree(new, ignore_errors=True)
+        dcp.save(state, storage_writer=writer, no_dist=WORLD_SIZE == 1)
+        if RANK == 0:
+            (new / "run.json").write_text(json.dumps(run))
+            shutil.copy(out / "metrics.jsonl", new)
+            (new / "digests.json").write_text(json.dumps(digests(new)))
+            os.sync()
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            new.rename(folder)
+            for old in checkpoints(out)[config.keep_checkpoints :]:
+                if old != folder:  # nor is it, if damaged ones are newer
+                    shutil.rmtree(old, ignore_errors=True)
+    except (OSError, dcp.api.CheckpointException) as e:
+        failures = [failure for failure, _ in getattr(e, "failures", {}).values()]
+        error = str((failures or [e])[0])
+        shutil.rmtree(new, ignore_errors=True)  # what it took may be what the metrics need
+    if error := max(filter(None, gather(error)), default=None):
+        raise OSError(error)
+    run["saved"] = run["step"]
+
+
+def load_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: dict) -> bool:
+    """Fill in all of these from the newest whole checkpoint; False if there is none."""
+    found = gather(checkpoints(config.output_dir))[0]
+    for folder in found:
+        whole_one = False
+        with contextlib.suppress(OSError, ValueError):
+            whole_one = json.loads((folder / "digests.json").read_text()) == digests(folder)
+        if not all(gather(whole_one)):
+            print(f"warning: {folder} is damaged, so the one before it is used")
+            continue
+        saved, now = json.loads((folder / "run.json").read_text()), run["same"]
+        then = saved["same"]
+        if other := [f"{x} {then.get(x)}, not {now[x]}" for x in now if then.get(x) != now[x]]:
+            raise UserError(f"--resume: {folder} was made with {'; '.join(other)}")
+        reader, state = dcp.HuggingFaceStorageReader(str(folder)), tensors(policy, optimizer, sets)
+        dcp.load(state, storage_reader=reader, no_dist=WORLD_SIZE == 1)
+        refresh(policy)
+        run |= saved | {"saved": saved["step"]}
+        if RANK == 0:
+            shutil.copy(folder / "metrics.jsonl", config.output_dir)
+        print(f"resumed      after step {run['step']}, from {folder}")
+        return True
+    if found:
+        raise UserError(f"--resume: no checkpoint in {config.output_dir} is whole")
+    return False
 
 
 # ------------------------------------------------------------------------------ training
@@ -653,6 +827,8 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
     cut = passes(data.lengths[indices], policy.share_prompt, config)
     bar = {"desc": "scoring", "leave": False, "delay": 3, "disable": backward or RANK > 0}
     for hands in tqdm(cut, **bar):
+        if not backward and any(gather(bool(STOP))):
+            raise Stopped
         mine = [hand[RANK] for hand in hands if RANK < len(hand)]
         # FSDP's processes must keep step: one without pairs scores another's, with weight 0.
         weight, mine = (1, mine) if mine else (0, hands[0][:1])
@@ -663,7 +839,7 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
             s, n = policy(**{key: to_device(x) for key, x in batch.items()})  # [2B]
             s, n = s.view(2, -1), n.view(2, -1)  # [2B] -> [2, B]
             a = s / n  # the length normalisation
-            s_ref = 0 if data.reference is None else to_device(data.reference[indices[mine]].T)
+            s_ref = to_device(data.reference[indices[mine]].T)
             losses = OBJECTIVES[config.loss](*(Sides(*x) for x in (s, a, s - s_ref, n)), **options)
             if backward:  # FSDP averages over processes; times their number, that is a sum
                 (losses.sum() * (weight * WORLD_SIZE / len(indices))).backward()
@@ -679,18 +855,30 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
     return table.cpu()
 
 
-def train(policy, data: Data, config, steps: int, log, evaluate) -> None:
-    """Train in place; log(row) every --log_every steps, evaluate(step) every --eval_every."""
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(policy.weights, config.lr, weight_decay=decay, fused=True)
+def make_optimizer(policy: ResponseLogps, config: Config) -> torch.optim.Optimizer:
+    """AdamW, its state there from the start, for a checkpoint to be loaded into."""
+    groups = [{"params": policy.weights, "initial_lr": config.lr}]
+    optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
+    for weight in policy.weights:
+        moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
+    return optimizer
+
+
+def train(policy, optimizer, data: Data, config, steps: int, run: dict, log, evaluate, save):
+    """Train in place from run["step"] on; log(row) every --log_every steps, evaluate(step) before
+    the first and every --eval_every, save() every --save_every. Raises Stopped if told to end."""
     warmup = int(config.warmup_ratio * steps)  # rounded down: one step alone has the full lr
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-    per_epoch, skipped = math.ceil(len(data.pairs) / config.batch_size), 0
-    bar = tqdm(range(1, steps + 1), disable=RANK > 0)
-    for step in bar:
-        started = time.perf_counter()
-        epoch, k = divmod(step - 1, per_epoch)
-        if k == 0:  # every epoch has its own order, the same on every process
+    cosine = transformers.get_cosine_schedule_with_warmup
+    schedule = cosine(optimizer, warmup, steps, last_epoch=run["step"] - 1)
+    per_epoch, order = math.ceil(len(data.pairs) / config.batch_size), None
+    bar = tqdm(range(run["step"], steps), initial=run["step"], total=steps, disable=RANK > 0)
+    for done in bar:
+        if done == 0 or config.eval_every and done % config.eval_every == 0:
+            evaluate(done)  # here, so that a run resumed after this step does it, too
+        started, step = time.perf_counter(), done + 1
+        epoch, k = divmod(done, per_epoch)
+        if k == 0 or order is None:  # every epoch has its own order, the same on every process
             shuffle = torch.Generator().manual_seed(config.seed + epoch)
             order = torch.randperm(len(data.pairs), generator=shuffle).split(config.batch_size)
         batch, (lr, *_) = order[k].tolist(), schedule.get_last_lr()
@@ -698,22 +886,21 @@ def train(policy, data: Data, config, steps: int, log, evaluate) -> None:
         norm = nn.utils.clip_grad_norm_(policy.weights, config.max_grad_norm or math.inf)
         norm = whole(norm).item()
         bad = [i for i, loss in zip(batch, table[:, 0].tolist()) if not math.isfinite(loss)]
-        skipped = skipped + 1 if bad or not math.isfinite(norm) else 0
-        if skipped:  # such a step would turn every weight into NaN
+        run["skipped"] = run["skipped"] + 1 if bad or not math.isfinite(norm) else 0
+        if run["skipped"]:  # such a step would turn every weight into NaN
             rows = [data.pairs[i]["row"] for i in bad or batch]
             log({"step": step, "skipped_rows": rows})
             print(f"step {step} skipped: its loss or gradient is not finite, rows {rows}")
-            if skipped == 10:
+            if run["skipped"] == 10:
                 bar.close()
                 raise UserError(f"ten steps in a row are not finite, the last with rows {rows}")
         else:
             optimizer.step()
-            for used, weight in zip(policy.parameters(), policy.weights):
-                if used is not weight:  # the copy of cast_weights
-                    used.data.copy_(weight)
+            refresh(policy)
         optimizer.zero_grad()
         schedule.step()
-        if not skipped and (step % config.log_every == 0 or step == steps):
+        run["step"] = step
+        if not run["skipped"] and (step % config.log_every == 0 or step == steps):
             seconds = time.perf_counter() - started
             row = {"step": step, "epoch": step / per_epoch, "grad_norm": norm, "lr": lr}
             row |= zip(METRICS[:7], table.mean(0).tolist())  # all but averages
@@ -722,8 +909,14 @@ def train(policy, data: Data, config, steps: int, log, evaluate) -> None:
             row |= {"tokens_per_second": tokens.item() / seconds}
             log(row | {"peak_memory_gib": peak_memory_gib()})
             bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in row if x in BAR})
-        if config.eval_every and step % config.eval_every == 0 and step < steps:
-            evaluate(step)
+        if config.save_every and step % config.save_every == 0 and step < steps:
+            try:
+                save()
+            except OSError as e:
+                print(f"warning: there is no checkpoint of step {step}: {e}")
+        if any(gather(bool(STOP))):
+            bar.close()
+            raise Stopped
 
 
 def inspect_pairs(policy, tokenizer, data: Data, config) -> None:
@@ -769,8 +962,13 @@ def build_demo(config: Config) -> tuple:
         schedule.step()
     for weight in policy.parameters() if WORLD_SIZE > 1 else ():  # fits on GPUs differ a little
         torch.distributed.broadcast(weight.data, 0)
-    lengths = torch.tensor([pair["lengths"] for pair in pairs])
-    return tokenizer, llama, [Data(pairs[200:], lengths[200:]), Data(pairs[:200], lengths[:200])]
+    sets = [pairs[200:], pairs[:200]]
+    lengths = [torch.tensor([pair["lengths"] for pair in pairs]) for pairs in sets]
+    return (
+        tokenizer,
+        llama,
+        [Data(p, n, digest(p), torch.zeros(len(p), 2)) for p, n in zip(sets, lengths)],
+    )
 
 
 def judge(policy, tokenizer, pairs) -> dict:
@@ -790,42 +988,42 @@ def judge(policy, tokenizer, pairs) -> dict:
     return {"eval/win_rate": sum(hits) / len(hits), "eval/answer_length": length}
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Train as the command line says; -> the metrics of the last evaluation."""
-    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0, and silent elsewhere
-    config, counts, baseline = parse_config(argv), {}, {}
-    start_up()
+def load(config: Config) -> tuple:
+    """-> tokenizer, model, [pairs to train on, held-out pairs if any], counts of what was lost."""
     if config.model is None:
-        tokenizer, model, sets = build_demo(config)
-    else:
-        with blame(f"--model {config.model}", config.model):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        if LOCAL_RANK > 0:  # one process tokenizes, the others read what it has cached
-            torch.distributed.barrier()
-        data, counts = load_pairs("dataset", config.train_split, tokenizer, config)
-        sets = [data]
-        if config.eval_dataset or config.eval_split:
-            sets += load_pairs("eval_dataset", config.eval_split, tokenizer, config)[:1]
-        if LOCAL_RANK == 0 and WORLD_SIZE > 1:
-            torch.distributed.barrier()
-        model = load_model("model", config.model, config)
-    policy = prepare(model, config, sets)
-    if config.loss in NEEDS_REFERENCE:  # scored once: no second model stays in memory
-        scorer, started = policy, time.perf_counter()
-        if config.ref_model:
-            scorer = prepare(load_model("ref_model", config.ref_model, config), config, sets)
-        for i, data in enumerate(sets):
-            which = range(len(data.pairs))[: config.inspect or None]
-            logps = score(scorer, data, which, config, z=0)[:, 5:7].float()
-            sets[i] = data._replace(reference=logps)
-        print(f"reference    scored once, in {time.perf_counter() - started:.1f} s")
-        del scorer
-        gc.collect()  # FSDP's modules are cycles of references
-    data, held_out = (*sets, None)[:2]
-    if config.inspect:
-        return inspect_pairs(policy, tokenizer, data, config) or {}
-    out, per_epoch = Path(config.output_dir), math.ceil(len(data.pairs) / config.batch_size)
-    steps = config.max_steps or per_epoch * config.epochs
+        return *build_demo(config), {}
+    with blame(f"--model {config.model}", config.model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    if LOCAL_RANK > 0:  # one process tokenizes, the others read what it has cached
+        torch.distributed.barrier()
+    data, counts = load_pairs("dataset", config.train_split, tokenizer, config)
+    sets = [data]
+    if config.eval_dataset or config.eval_split:
+        sets += load_pairs("eval_dataset", config.eval_split, tokenizer, config)[:1]
+    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
+        torch.distributed.barrier()
+    for flag, read in zip(("--dataset", "--eval_dataset"), zip(*gather([d.digest for d in sets]))):
+        if len({*read}) > 1:
+            raise UserError(f"{flag}: the processes have read different pairs; digests {read}")
+    return tokenizer, load_model("model", config.model, config), sets, counts
+
+
+def score_reference(policy: ResponseLogps, sets: list[Data], config: Config) -> None:
+    """Fill in the reference's logps, once: so no second model stays in memory."""
+    scorer, started = policy, time.perf_counter()
+    if config.ref_model:
+        scorer = prepare(load_model("ref_model", config.ref_model, config), config, sets)
+    for data in sets:
+        which = range(len(data.pairs))[: config.inspect or None]
+        logps = score(scorer, data, which, config, z=0)[:, 5:7]
+        data.reference[: len(which)] = logps
+    print(f"reference    scored once, in {time.perf_counter() - started:.1f} s")
+    del scorer
+    gc.collect()  # FSDP's modules are cycles of references
+
+
+def describe(policy: ResponseLogps, config: Config, steps: int) -> None:
+    """Print what is going to be trained, and write it into simpo_run.json."""
     hyper = [f"{k} {x}" for k, x in vars(config).items() if x and k in HYPERPARAMETERS[config.loss]]
     print(f"model        {policy.model.num_parameters():,} fp32 weights, {config.dtype} compute")
     layout = "each prompt once" if policy.share_prompt else "a row for each answer"
@@ -836,20 +1034,36 @@ def main(argv: list[str] | None = None) -> dict:
         commit = os.popen(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2>&-').read().strip()
         record = asdict(config) | {"world_size": WORLD_SIZE, "git_commit": commit or None}
         record |= {"torch": torch.__version__, "transformers": transformers.__version__}
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "simpo_run.json").write_text(json.dumps(record, indent=2))
-        (out / "metrics.jsonl").write_text("")
+        Path(config.output_dir, "simpo_run.json").write_text(json.dumps(record, indent=2))
         if config.wandb:
             with blame("--wandb needs `pip install wandb`"):
                 import wandb
             wandb.init(project=config.wandb, config=record)
 
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train as the command line says; -> the metrics of the last evaluation, or {} if stopped."""
+    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0, and silent elsewhere
+    config = parse_config(argv)
+    start_up()
+    tokenizer, model, sets, counts = load(config)
+    policy, out = prepare(model, config, sets), Path(config.output_dir)
+    data, held_out = (*sets, None)[:2]
+    if config.inspect:
+        if config.loss in NEEDS_REFERENCE:
+            score_reference(policy, sets, config)
+        return inspect_pairs(policy, tokenizer, data, config) or {}
+    steps = config.max_steps or math.ceil(len(data.pairs) / config.batch_size) * config.epochs
+    same = {FLAG[name]: x for name, x in vars(config).items() if name not in FREE}
+    same |= {f"pairs of {x}": d.digest for x, d in zip(("--dataset", "--eval_dataset"), sets)}
+    run = {"step": 0, "skipped": 0, "same": same}  # what of a run is no tensor
+
     def log(row: dict) -> None:
         if RANK == 0:
-            with open(out / "metrics.jsonl", "a") as file:
+            with blame(f"--output_dir {out}"), open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row | counts) + "\n")
             if config.wandb:
-                wandb.log(row)
+                sys.modules["wandb"].log(row)
 
     def evaluate(step: int) -> dict:
         if held_out is None:
@@ -857,20 +1071,43 @@ def main(argv: list[str] | None = None) -> dict:
         table = score(policy, held_out, range(len(held_out.pairs)), config)
         *means, average, _ = table.mean(0).tolist()
         row = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
-        row["eval/chosen_drift"] = average - baseline.setdefault("average", average)
+        row["eval/chosen_drift"] = average - run.setdefault("average", average)
         row |= {} if config.model else judge(policy, tokenizer, held_out.pairs)
+        run.setdefault("before", row)
         log({"step": step} | row)
         return row
 
-    before, started = evaluate(0), time.perf_counter()
-    train(policy, data, config, steps, log, evaluate)
-    seconds, after = time.perf_counter() - started, evaluate(steps)
-    save(policy, tokenizer, out)
+    with alone_in(out):
+        optimizer = make_optimizer(policy, config)
+        if not (config.resume and load_checkpoint(policy, optimizer, sets, config, run)):
+            if RANK == 0:  # whatever an older run has left, and --overwrite has given up
+                (out / "metrics.jsonl").write_text("")
+                (out / "config.json").unlink(missing_ok=True)
+                for old in checkpoints(config.output_dir):
+                    shutil.rmtree(old)
+            if config.loss in NEEDS_REFERENCE:
+                score_reference(policy, sets, config)
+        describe(policy, config, steps)
+        keep = partial(save_checkpoint, policy, optimizer, sets, config, run)
+        started = time.perf_counter()
+        with signals_noted():
+            try:
+                train(policy, optimizer, data, config, steps, run, log, evaluate, keep)
+                seconds, after = time.perf_counter() - started, evaluate(steps)
+                save(policy, tokenizer, out)
+            except Stopped:
+                after = None
+                if run["step"] != run.get("saved"):
+                    with blame(f"--output_dir {out}: nothing saved"):
+                        keep()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
+    if after is None:
+        print(f"stopped      after step {run['step']} of {steps}; the same with --resume goes on")
+        return {}
     shown = [x for x in after if x[5:] in END]
-    changes = [f"{x.split('/')[-1]} {before[x]:.3f} -> {after[x]:.3f}" for x in shown]
+    changes = [f"{x.split('/')[-1]} {run['before'][x]:.3f} -> {after[x]:.3f}" for x in shown]
     count = len(held_out.pairs) if held_out else 0
     print(f"held out     {', '.join(changes) or 'none given'} ({count} pairs)")
     print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
@@ -886,3 +1123,14 @@ if __name__ == "__main__":
             time.sleep(5)
         print(f"simpo.py: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"simpo.py: process {RANK} interrupted before training: there is nothing to save")
+    except RuntimeError as e:
+        if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
+            raise
+        print(
+            f"simpo.py: error: process {RANK} has lost another one; if there are checkpoints, "
+            f"--resume goes on ({str(e).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        os._exit(1)
