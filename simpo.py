@@ -656,20 +656,21 @@ def save(policy: ResponseLogps, tokenizer, folder: Path) -> None:
     for (name, _), weight in zip(policy.model.named_parameters(), policy.weights):
         full = whole(weight)
         state |= {name: full.cpu()} if RANK == 0 else {}
-    if RANK == 0:
+    with blame(f"--output_dir {folder}: no model saved"):
         new = folder / "unfinished"
-        shutil.rmtree(new, ignore_errors=True)
-        policy.model.save_pretrained(new, state_dict=state)
-        policy.model.config.dtype = torch.float32  # and not that of a copy in bf16
-        policy.model.config.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        os.sync()
-        for old in folder.glob("model*.safetensors*"):  # it may have been in more files
-            old.unlink()
-        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
-            shutil.rmtree(folder / path.name, ignore_errors=True)
-            path.rename(folder / path.name)
-        new.rmdir()
+        if RANK == 0:
+            shutil.rmtree(new, ignore_errors=True)
+            policy.model.save_pretrained(new, state_dict=state)
+            policy.model.config.dtype = torch.float32  # and not that of a copy in bf16
+            policy.model.config.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            os.sync()
+            for old in folder.glob("model*.safetensors*"):  # it may have been in more files
+                old.unlink()
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+                path.rename(folder / path.name)
+            new.rmdir()
 
 
 # ------------------------------------------------------------------------------ checkpoints
@@ -681,8 +682,8 @@ STOP = []  # what came of these signals
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """Let SIGINT and SIGTERM wait in STOP until a step is finished."""
+def in_training():
+    """Let SIGINT and SIGTERM wait in STOP for the end of a step; end if another process has."""
 
     def note(number: int, frame) -> None:
         STOP.append(number)
@@ -692,6 +693,12 @@ def signals_noted():
     usual = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield
+    except RuntimeError as e:
+        if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
+            raise
+        what = f"simpo.py: error: process {RANK} has lost another: --resume goes on where it can"
+        print(f"{what} ({str(e).splitlines()[0]})", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly exit would wait for the one that is gone
     finally:
         STOP.clear()
         for number, handler in usual:
@@ -995,7 +1002,8 @@ def load(config: Config) -> tuple:
     with blame(f"--model {config.model}", config.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     if LOCAL_RANK > 0:  # one process tokenizes, the others read what it has cached
-        torch.distributed.barrier()
+        with contextlib.suppress(RuntimeError):  # it has ended: they will find the same mistake
+            torch.distributed.barrier()
     data, counts = load_pairs("dataset", config.train_split, tokenizer, config)
     sets = [data]
     if config.eval_dataset or config.eval_split:
@@ -1090,7 +1098,7 @@ def main(argv: list[str] | None = None) -> dict:
         describe(policy, config, steps)
         keep = partial(save_checkpoint, policy, optimizer, sets, config, run)
         started = time.perf_counter()
-        with signals_noted():
+        with in_training():
             try:
                 train(policy, optimizer, data, config, steps, run, log, evaluate, keep)
                 seconds, after = time.perf_counter() - started, evaluate(steps)
@@ -1125,12 +1133,3 @@ if __name__ == "__main__":
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"simpo.py: process {RANK} interrupted before training: there is nothing to save")
-    except RuntimeError as e:
-        if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
-            raise
-        print(
-            f"simpo.py: error: process {RANK} has lost another one; if there are checkpoints, "
-            f"--resume goes on ({str(e).splitlines()[0]})",
-            file=sys.stderr,
-        )
-        os._exit(1)
