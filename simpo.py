@@ -201,6 +201,9 @@ transformers.AttentionInterface.register("segments", segment_attention)
 Data = namedtuple("Data", "pairs lengths digest reference")
 
 
+GUARD = "\ufdd0\ufdd1"  # which no text has: Unicode keeps the two for use within a program
+
+
 class UserError(Exception):
     """A mistake of the person at the keyboard: one line that names the file, row or flag."""
 
@@ -210,8 +213,9 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     for name, value in {"chosen": chosen, "rejected": rejected, "prompt": prompt or ""}.items():
         messages = value if isinstance(value, list) else [{"role": "text", "content": value}]
-        texts = [isinstance(m, dict) and m.get("role") and m.get("content", 0) for m in messages]
-        if not all(isinstance(text, str) for text in texts) or type(chosen) is not type(rejected):
+        pairs = [(m.get("role"), m.get("content")) for m in messages if isinstance(m, dict)]
+        right = all(isinstance(part, str) for pair in pairs for part in pair)
+        if not right or len(pairs) < len(messages) or type(chosen) is not type(rejected):
             raise UserError(f"{name!r} is {value!r:.70}: no text, nor messages of role and content")
     if isinstance(chosen, str) and prompt is not None:
         return prompt, chosen, rejected
@@ -230,7 +234,19 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
 
 
 def render_pair(prompt: list[dict], answers: list[str], tokenizer) -> tuple[str, str, list[str]]:
-    """Messages -> the prompt's text, that of other words in its place, and the answers' texts."""
+    """Messages -> the prompt's text, that of other words in its place, and the answers' texts.
+    Where a message has the text of a control token in it, GUARD keeps it from becoming one.
+    """
+    control = {*tokenizer.all_special_tokens}
+    control |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+    def guard(text: str) -> str:
+        for token in control:
+            text = text.replace(token, token[:1] + GUARD + token[1:])
+        return text
+
+    prompt = [message | {"content": guard(message["content"])} for message in prompt]
+    answers = [guard(text) for text in answers]
     render = partial(tokenizer.apply_chat_template, tokenize=False)
     reply = [[*prompt, {"role": "assistant", "content": text}] for text in (*answers, "@@")]
     *full, stub = (render(messages) for messages in reply)
@@ -256,7 +272,12 @@ def tokenize_pair(
     prompt, *answers = split_row(row) or (None,)
     if not prompt or not all(answer.strip() for answer in answers):
         return drop("an empty answer" if prompt else "no prompt, or two different ones")
-    encode, start = partial(tokenizer.encode, add_special_tokens=False), []
+
+    def encode(text: str) -> list[int]:
+        parts = text.split(GUARD)
+        return [i for x in parts for i in tokenizer.encode(x, add_special_tokens=False)]
+
+    start = []
     if isinstance(prompt, list):
         text, other, answers = render_pair(prompt, answers, tokenizer)
     else:  # a plain text: BOS if the tokenizer is used to one, and one EOS after the answer
@@ -360,8 +381,10 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
     path, suffix, split = Path(source), Path(source).suffix, split or "train"
     with blame(f"--{name} {source} [{split}]", source):
         for number, line in enumerate(path.open("rb") if suffix == ".jsonl" else (), 1):
-            with blame(f"line {number}"):
-                json.loads(line.strip() or "{}")  # the library would not say where it fails
+            with blame(f"line {number}"):  # the library would not say where it fails
+                if not isinstance(value := json.loads(line.strip() or "{}"), dict):
+                    raise UserError(f"{value!r:.70} is no object with chosen and rejected")
+                json.dumps(value, ensure_ascii=False).encode()  # fails at half a character
         if path.is_file():
             cells = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
             options = {"keep_default_na": False, "converters": cells} if suffix == ".csv" else {}
@@ -372,6 +395,8 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
             rows = datasets.load_dataset(source, split=split)
+        if suffix == ".csv" and "__index_level_0__" in rows.column_names:
+            raise UserError("more cells than column names; texts with commas in them need quotes")
         if missing := {"chosen", "rejected"}.difference(rows.column_names):
             raise UserError(f"no column {sorted(missing)}; its columns are {rows.column_names}")
         options = {"remove_columns": rows.column_names, "desc": "tokenizing"}
@@ -563,7 +588,8 @@ def start_up() -> None:
 
 def load_model(name: str, source: str, config: Config) -> nn.Module:
     """A model with fp32 weights, whatever the checkpoint's: bf16 ones ignore steps of lr 1e-6."""
-    load = partial(transformers.AutoModelForCausalLM.from_pretrained, use_safetensors=True)
+    options = {"use_safetensors": True, "trust_remote_code": False}  # no pickles, nobody's code
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, **options)
     with blame(f"--{name} {source}", source):
         model = load(source, dtype=torch.float32).eval()  # eval, in training too: no dropout
         if config.gradient_checkpointing:
@@ -1000,7 +1026,8 @@ def load(config: Config) -> tuple:
     if config.model is None:
         return *build_demo(config), {}
     with blame(f"--model {config.model}", config.model):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        load = transformers.AutoTokenizer.from_pretrained
+        tokenizer = load(config.model, trust_remote_code=False)
     if LOCAL_RANK > 0:  # one process tokenizes, the others read what it has cached
         with contextlib.suppress(RuntimeError):  # it has ended: they will find the same mistake
             torch.distributed.barrier()

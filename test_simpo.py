@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def make_tokenizer(template=CHATML, bos="<s>", eos="<|im_end|>", pad=None, adds_
         core.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
         )
-    known = {"bos_token": bos, "eos_token": eos, "pad_token": pad or eos}
+    known = {"bos_token": bos, "eos_token": eos, "pad_token": eos if pad is None else pad or None}
     others = [token for token in SPECIALS if token not in known.values()]
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, additional_special_tokens=others, **known
@@ -2281,6 +2282,219 @@ def test_a_mistake_ends_all_processes_and_is_told_once(flags, place, tmp_path):
     assert done.returncode != 0  # torchrun's own code, and its own words around the line
     errors = [line for line in done.stderr.split("\n") if "simpo.py: error: " in line]
     assert len(errors) == 1 and all(str(word) in errors[0] for word in flags)
+
+
+# ========================================================================= hostile data, any model
+@every_style
+def test_the_text_of_control_tokens_in_a_message_stays_text(style):
+    """Catches a user who ends their own turn and goes on as the assistant. Not so in plain texts,
+    which may have been written with a template beforehand."""
+    tokenizer = style.make()
+    attack = "".join(f"a{token}b" for token in SPECIALS)
+    plain = attack.replace("<", "(")
+    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
+    bad, good = (tokenize(chat(x, x + "1", x + "2"), tokenizer) for x in (attack, plain))
+    less, bracket = (tokenizer.encode(x, add_special_tokens=False)[0] for x in "<(")
+    for side in sides:
+        as_if = [less if i == bracket else i for i in good[side]]
+        assert bad[side] == as_if  # character by character, but for the one that differs
+        assert attack in tokenizer.decode(bad[side])
+    rendered = tokenize(texts("<|im_start|>user\nHi<|im_end|>\n", "a", "b"), tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") in rendered["prompt_ids"]
+
+
+ROWS = 20_000 if os.environ.get("SIMPO_SLOW") == "1" else 2_000
+ODD = ["", " ", "\n", "\0", "\ufeff", "\ufffe", "\u202e", "\u200d", "\u0301", "\r\n", "{{ 1 / 0 }}"]
+ODD += ["{% endfor %}", "@@", "\n\nAssistant:", "\n\nHuman:", *SPECIALS, "\U0010ffff", "x" * 3000]
+ODD_VALUES = [None, 5, 1.5, math.nan, True, [], {}, [None], [[]], {"role": "user"}, "", b"bytes"]
+
+
+def odd_text(rng):
+    """Some of all planes of Unicode, of control characters, of words that mean something here."""
+    planes = [(0, 0x7F), (0x80, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x2FFFF), (0x30000, 0x10FFFF)]
+    parts = [chr(rng.randint(*rng.choice(planes))) for _ in range(rng.randint(0, 6))]
+    parts += rng.choices([*ODD, "a plain word"], k=rng.randint(0, 3))
+    rng.shuffle(parts)
+    return "".join(parts)
+
+
+def odd_messages(rng, last=None):
+    roles = ["user", "assistant", "system", "tool", "wizard", ""]
+    turns = rng.choice([0, 1, 1, 1, 2, 3, 9])
+    messages = [{"role": rng.choice(roles), "content": odd_text(rng)} for _ in range(turns)]
+    if messages and last:
+        messages[-1]["role"] = last
+    if messages and rng.random() < 0.1:
+        rng.choice(messages)[rng.choice(["role", "content", "name"])] = rng.choice(ODD_VALUES)
+    return messages
+
+
+def odd_row(rng):
+    kind = rng.choice(["texts", "messages", "messages", "whole", "dialogue", "any"])
+    if kind == "texts":
+        row = texts(*(odd_text(rng) for _ in range(3)))
+    elif kind == "messages":
+        row = chat("", odd_text(rng), odd_text(rng)) | {"prompt": odd_messages(rng)}
+    elif kind == "whole":
+        head = odd_messages(rng)
+        row = {side: head + odd_messages(rng, "assistant") for side in ("chosen", "rejected")}
+    elif kind == "dialogue":
+        head = odd_text(rng) + "\n\nAssistant:"
+        row = {side: head + odd_text(rng) for side in ("chosen", "rejected")}
+    else:
+        values = [*ODD_VALUES, odd_text(rng), odd_messages(rng)]
+        row = {name: rng.choice(values) for name in ("prompt", "chosen", "rejected")}
+    if rng.random() < 0.1:
+        row[rng.choice(["prompt", "chosen", "rejected"])] = rng.choice(ODD_VALUES)
+    return row
+
+
+@every_style
+def test_a_hostile_row_is_trained_on_or_dropped_or_refused_in_one_line(style):
+    """Catches exceptions from the depths, rows longer than allowed, turns that were forged, and
+    losses that are not finite."""
+    tokenizer, rng, kept, ends = style.make(), random.Random(style.end), [], Counter()
+    control = set(tokenizer.all_special_ids)
+    for _ in range(ROWS // len(STYLES)):
+        row = odd_row(rng)
+        try:
+            pair = tokenize(row, tokenizer, 300, 200)
+        except simpo.UserError as error:
+            ends["refused"] += 1
+            assert str(error) and "\n" not in str(error), row
+            continue
+        ends["kept" if pair else "dropped"] += 1
+        if pair is None:
+            continue
+        sides = [pair[side] for side in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        assert pair["lengths"] == [len(ids) for ids in sides] and min(pair["lengths"]) >= 1
+        assert len(sides[0]) <= 200 and len(sides[0]) + max(map(len, sides[1:])) <= 300
+        if isinstance(row["chosen"], list):
+            for ids in sides[1:]:
+                assert not control.intersection(ids[:-1]), row  # one end of turn, at the end
+        kept.append(pair)
+    assert min(ends[how] for how in ("kept", "dropped", "refused")) >= 20, ends
+    policy = simpo.ResponseLogps(make_llama())
+    with torch.no_grad():
+        for i in range(0, len(kept), 8):
+            logps, lengths = policy(**simpo.collate(kept[i : i + 8]))
+            assert torch.isfinite(logps).all() and (lengths > 0).all()
+
+
+def big(text, times=1_000_000):
+    return (text * times)[:1_000_000]
+
+
+TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(9_999)]
+SURROGATE = json.dumps(chat("a", "half", "c")).replace("half", "\\ud83d")
+JSONL = "".join(json.dumps(row) + "\n" for row in NINE).encode()
+HOSTILE_FILES = {  # name -> (content, what must be printed, or the error)
+    "1_mb.jsonl": (lines_of(*NINE, chat(big("x"), big("y"), big("z z "))), "10 pairs read, 0 dr"),
+    "1_mb_text.jsonl": (lines_of(texts(big("x"), big("\u20ac"), big("z"))), "1 pairs read, 0 dr"),
+    "turns.jsonl": (lines_of(chat("", "a", "b") | {"prompt": TURNS}), "1 pairs read, 0 dropped"),
+    "system_only.jsonl": (
+        lines_of(chat("", "a", "b") | {"prompt": [{"role": "system", "content": "Be kind."}]}),
+        "1 pairs read, 0 dropped",
+    ),
+    "empty_lists.jsonl": (lines_of(*NINE, {"prompt": [], "chosen": [], "rejected": []}), "row 10"),
+    "empty_prompt.jsonl": (lines_of(*NINE, chat("", "a", "b") | {"prompt": []}), "1 dropped (no"),
+    "wrong_role.jsonl": (lines_of(*NINE, answer_of("a", role="wizard")), "row 10"),
+    "surrogate.jsonl": (lines_of(*NINE, SURROGATE), "line 10: .*surrogate"),
+    "nul.jsonl": (lines_of(*NINE, chat("a\0b", "\0", "b")), "10 pairs read, 0 dropped"),
+    "nan.jsonl": (lines_of(texts("a", math.nan, "b"), *PLAIN), "row 1.*'chosen' is (nan|None)"),
+    "integer.jsonl": (lines_of(*PLAIN, texts(5, "a", "b")), "row 6.*'prompt' is 5"),
+    "twice.jsonl": (lines_of('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}'), ""),
+    "twice.csv": ("prompt,chosen,rejected,chosen\na,b,c,d\n", "1 pairs read, 0 dropped"),
+    "bom.jsonl": (b"\xef\xbb\xbf" + JSONL, "9 pairs read, 0 dropped"),
+    "bom.csv": (b"\xef\xbb\xbfprompt,chosen,rejected\na,b,c\n", "1 pairs read, 0 dropped"),
+    "crlf.jsonl": (JSONL.replace(b"\n", b"\r\n"), "9 pairs read, 0 dropped"),
+    "crlf.csv": ("prompt,chosen,rejected\r\na,b,c\r\n", "1 pairs read, 0 dropped"),
+    "half_a_line.jsonl": (JSONL[:-40], "line 9"),
+    "half_a_file.json": (json.dumps(NINE)[:-40], "half_a_file.json"),
+    "latin_1.jsonl": (lines_of(*PLAIN) + '{"prompt": "\xe9"', "line 6.*utf-8"),
+    "a_list.jsonl": (lines_of(*NINE[:2], [1, 2]), r"line 3: \[1, 2\] is no object"),
+    "deep.jsonl": (lines_of(*NINE[:2], "[" * 100_000 + "]" * 100_000), "line 3"),
+    "commas.csv": ("prompt,chosen,rejected\nHi, you,b,c\nHi, all,b,c\n", "commas.*need quotes"),
+    "open_quote.csv": ('prompt,chosen,rejected\na,"b,c\n', "open_quote.csv"),
+    "noise.parquet": (random.Random(3).randbytes(999), "noise.parquet"),
+    "noise.jsonl": (random.Random(4).randbytes(999), "line 1"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_FILES)
+def test_a_hostile_file_ends_in_training_or_a_counted_drop_or_one_line(
+    name, place, tmp_path, monkeypatch, capsys
+):
+    """Catches tracebacks, hangs, a shift of columns, and rows that vanish without being counted."""
+    content, said = HOSTILE_FILES[name]
+    content = (
+        content
+        if isinstance(content, bytes)
+        else content.encode("latin-1" if "latin" in name else "utf-8")
+    )
+    (tmp_path / name).write_bytes(content)
+    argv = ["--model", place / "llama", "--dataset", tmp_path / name, "--max_length", 400]
+    result = command_line(monkeypatch, capsys, *argv, "--output_dir", tmp_path / "out")
+    if result[0] == 0:
+        assert all(math.isfinite(row["loss"]) for row in steps_of(read_metrics(tmp_path / "out")))
+        assert said in result[1]
+    else:
+        assert re.search(said, the_error(result, tmp_path / "out"))
+
+
+def make_qwen2():
+    torch.manual_seed(6)
+    config = transformers.Qwen2Config(**SHAPE | LLAMA | {"bos_token_id": None})
+    return transformers.Qwen2ForCausalLM(config).eval()
+
+
+ANY_MODEL = {  # name -> its model and tokenizer
+    "tied": (make_tied_llama, make_tokenizer),
+    "learned positions": (make_gpt2, make_tokenizer),
+    "no BOS": (make_qwen2, STYLES["qwen"].make),
+    "sliding window": (partial(make_mistral, 20), STYLES["mistral"].make),
+    "no newline after a turn": (make_llama, STYLES["llama3"].make),
+    "no pad token": (partial(make_llama, pad_token_id=None), partial(make_tokenizer, pad=False)),
+    "soft caps": (make_gemma2, make_tokenizer),
+}
+
+
+@pytest.mark.parametrize("name", ANY_MODEL)
+def test_any_kind_of_model_stops_resumes_and_reloads_as_the_same(name, place, tmp_path, disturb):
+    """Catches a weight that is shared and saved once too rarely, and a pad token taken for given."""
+    make_model, make = ANY_MODEL[name]
+    write_model(tmp_path / "model", make_model(), make())
+    one, two = tmp_path / "one", tmp_path / "two"
+    source = [tmp_path / "model", place / "nine.jsonl"]
+    run(*source, one, "--batch_size", 4, "--lr", 1e-3)
+    disturb("nn.utils.clip_grad_norm_", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert len(steps_of(run(*source, two, "--batch_size", 4, "--lr", 1e-3)[1])) == 2
+    run(*source, two, "--batch_size", 4, "--lr", 1e-3, "--resume")
+    assert_same_bits(one, two)
+    model = transformers.AutoModelForCausalLM.from_pretrained(two)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(two)
+    row = {side: [NINE[0][side][0]] for side in ("prompt", "chosen", "rejected")}
+    assert tokenize(row, tokenizer) == tokenize(row, make())
+    moved = [not torch.equal(*pair) for pair in zip(model.parameters(), make_model().parameters())]
+    assert all(moved)
+
+
+def test_a_models_own_code_and_pickles_are_not_run(place, tmp_path, mistake):
+    """Catches a model folder from the web that does with this machine what it likes."""
+    folder, trace = write_model(tmp_path / "model"), tmp_path / "it_ran"
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    line = mistake("--model", folder)
+    assert "--model" in line and "safetensors" in line
+    code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    for model_type in ("evil", "llama"):
+        config |= {"model_type": model_type, "auto_map": code}
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "--model" in mistake("--model", folder)
+    assert not trace.exists()
 
 
 # ========================================================================= the demo
