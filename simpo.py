@@ -363,8 +363,36 @@ def digest(x) -> str:
     return hashlib.sha256(repr(x).encode()).hexdigest()[:12]
 
 
+def read_rows(source: str, split: str):
+    """A hub id, file or folder -> its rows, a datasets.Dataset."""
+    import datasets  # here, so that all the rest works without it
+
+    datasets.logging.set_verbosity(100)  # what it would log, it also raises
+    path, suffix = Path(source), Path(source).suffix
+    for number, line in enumerate(path.open("rb") if suffix == ".jsonl" else (), 1):
+        with blame(f"line {number}"):  # the library would not say where it fails
+            if not isinstance(value := json.loads(line.strip() or "{}"), dict):
+                raise UserError(f"{value!r:.70} is no object with chosen and rejected")
+            json.dumps(value, ensure_ascii=False).encode()  # fails at half a character
+    if path.is_file():
+        cells = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
+        options = {"keep_default_na": False, "converters": cells} if suffix == ".csv" else {}
+        folder, options["data_files"] = str(path.absolute().parent), path.name
+        rows = datasets.load_dataset(folder, split=split, **options)
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        rows = datasets.load_from_disk(source)  # of save_to_disk
+        rows = rows[split] if isinstance(rows, dict) else rows
+    else:
+        rows = datasets.load_dataset(source, split=split)
+    if suffix == ".csv" and "__index_level_0__" in rows.column_names:
+        raise UserError("more cells than column names; texts with commas in them need quotes")
+    if missing := {"chosen", "rejected"}.difference(rows.column_names):
+        raise UserError(f"no column {sorted(missing)}; its columns are {rows.column_names}")
+    return rows
+
+
 def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
-    """A flag's hub id, file or folder -> its usable pairs, "row" from 1 up, and what is lost."""
+    """What a flag names -> its usable pairs, "row" from 1 up, and counts of what is lost."""
     limits = config.max_length, config.max_prompt_length  # not config: its lr would spoil the cache
     empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
     empty["lengths"] = [0, 0, 0]
@@ -374,31 +402,9 @@ def load_pairs(name: str, split: str, tokenizer, config) -> tuple[Data, dict]:
             pair = tokenize_pair(row, tokenizer, *limits, lambda why: empty | {"dropped": why})
         return {"row": index + 1, "dropped": "", "digest": digest(pair), **pair}
 
-    import datasets  # here, so that all the rest works without it
-
-    datasets.logging.set_verbosity(100)  # what it would log, it also raises
-    source = getattr(config, name) or config.dataset
-    path, suffix, split = Path(source), Path(source).suffix, split or "train"
+    source, split = getattr(config, name) or config.dataset, split or "train"
     with blame(f"--{name} {source} [{split}]", source):
-        for number, line in enumerate(path.open("rb") if suffix == ".jsonl" else (), 1):
-            with blame(f"line {number}"):  # the library would not say where it fails
-                if not isinstance(value := json.loads(line.strip() or "{}"), dict):
-                    raise UserError(f"{value!r:.70} is no object with chosen and rejected")
-                json.dumps(value, ensure_ascii=False).encode()  # fails at half a character
-        if path.is_file():
-            cells = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
-            options = {"keep_default_na": False, "converters": cells} if suffix == ".csv" else {}
-            options["data_files"] = path.name
-            rows = datasets.load_dataset(str(path.absolute().parent), split=split, **options)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(source)  # of save_to_disk
-            rows = rows[split] if isinstance(rows, dict) else rows
-        else:
-            rows = datasets.load_dataset(source, split=split)
-        if suffix == ".csv" and "__index_level_0__" in rows.column_names:
-            raise UserError("more cells than column names; texts with commas in them need quotes")
-        if missing := {"chosen", "rejected"}.difference(rows.column_names):
-            raise UserError(f"no column {sorted(missing)}; its columns are {rows.column_names}")
+        rows = read_rows(source, split)
         options = {"remove_columns": rows.column_names, "desc": "tokenizing"}
         options["num_proc"] = min(os.cpu_count() or 1, len(rows) // 500) or None
         options["load_from_cache_file"] = __name__ == "__main__"  # it'd miss edits of an import
@@ -468,21 +474,20 @@ class Config:
 
 GROUPS = {"model": "model and data", "loss": "objective", "lr": "training", "output_dir": "output"}
 CHOICES = {"loss": OBJECTIVES, "dtype": ("bf16", "fp32")}
-ABOVE_0 = {"beta", "tau", "lr", "epochs", "log_every", "batch_size", "micro_batch_size"}
-ABOVE_0 |= {"max_length", "max_prompt_length", "micro_batch_tokens", "keep_checkpoints"}
+ABOVE_0 = "beta tau lr epochs log_every batch_size micro_batch_size micro_batch_tokens max_length"
+ABOVE_0 = {*ABOVE_0.split(), "max_prompt_length", "keep_checkpoints"}
 DEMO = {"lr": 3e-5, "batch_size": 32, "max_steps": 100, "output_dir": "simpo_demo"}
 NOT_IN_DEMO = {"eval_dataset", "train_split", "eval_split", "ref_model", "epochs"}
 NOT_IN_DEMO |= {"max_length", "max_prompt_length", "gradient_checkpointing"}
 FLAG = {f.name: (*get_args(f.type)[2:], f"--{f.name}")[0] for f in fields(Config)}
-# A resumed run may differ in these, which decide how a step is cut and what is written, and in the
-# names of its data, whose digest has to be the same.
-FREE = {"dataset", "train_split", "eval_dataset", "eval_split", "micro_batch_tokens", "shard"}
-FREE |= {"micro_batch_size", "gradient_checkpointing", "compile"}
-FREE |= set([*FLAG][[*FLAG].index("output_dir") :])
+# A resumed run may have others of these: what decides how a step is cut and what is written, and
+# the names of the data, which have to be the same by their digests.
+FREE = "dataset train_split eval_dataset eval_split micro_batch_tokens micro_batch_size shard"
+FREE = {*FREE.split(), "gradient_checkpointing", "compile"}
+FREE |= {*[*FLAG][[*FLAG].index("output_dir") :]}
 
 
-def parse_config(argv: list[str] | None) -> Config:
-    """The command line, checked, with what depends on other flags filled in."""
+def make_parser() -> argparse.ArgumentParser:
     options = {"allow_abbrev": False, "exit_on_error": False, "argument_default": argparse.SUPPRESS}
     epilog = f"Without --model and --dataset it runs a demo, whose own defaults are {DEMO}."
     parser = argparse.ArgumentParser("simpo.py", epilog=epilog, **options)
@@ -496,8 +501,13 @@ def parse_config(argv: list[str] | None) -> Config:
         own = [f"{x} {read[f.name]}" for x, read in HYPERPARAMETERS.items() if f.name in read]
         text += f" ({', '.join(own) or f.default})" if own or f.default is not None else ""
         group.add_argument(FLAG[f.name], dest=f.name, help=text, **how)
+    return parser
+
+
+def parse_config(argv: list[str] | None) -> Config:
+    """The command line, checked, with what depends on other flags filled in."""
     with blame("command line"):
-        flags, unknown = parser.parse_known_args(argv)
+        flags, unknown = make_parser().parse_known_args(argv)
     given = vars(flags)
     read = HYPERPARAMETERS[given.get("loss", Config.loss)]
     demo = {} if given.keys() & {"model", "dataset"} else DEMO
@@ -755,6 +765,8 @@ def checkpoints(out: Path | str) -> list[Path]:
 
 
 def digests(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of a checkpoint's files; digests.json keeps them, to know damage by."""
+
     def of(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -806,16 +818,16 @@ def save_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: di
 
 def load_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: dict) -> bool:
     """Fill in all of these from the newest whole checkpoint; False if there is none."""
-    found = gather(checkpoints(config.output_dir))[0]
+    found, right = gather(checkpoints(config.output_dir))[0], None
     for folder in found:
-        whole_one = False
-        with contextlib.suppress(OSError, ValueError):
-            whole_one = json.loads((folder / "digests.json").read_text()) == digests(folder)
-        if not all(gather(whole_one)):
+        if RANK == 0:
+            with contextlib.suppress(OSError, ValueError):
+                right = json.loads((folder / "digests.json").read_text()) == digests(folder)
+        if not gather(right)[0]:
             print(f"warning: {folder} is damaged, so the one before it is used")
             continue
-        saved, now = json.loads((folder / "run.json").read_text()), run["same"]
-        then = saved["same"]
+        saved = json.loads((folder / "run.json").read_text())
+        then, now = saved["same"], run["same"]
         if other := [f"{x} {then.get(x)}, not {now[x]}" for x in now if then.get(x) != now[x]]:
             raise UserError(f"--resume: {folder} was made with {'; '.join(other)}")
         reader, state = dcp.HuggingFaceStorageReader(str(folder)), tensors(policy, optimizer, sets)
@@ -1098,7 +1110,9 @@ def main(argv: list[str] | None = None) -> dict:
             with blame(f"--output_dir {out}"), open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row | counts) + "\n")
             if config.wandb:
-                sys.modules["wandb"].log(row)
+                import wandb
+
+                wandb.log(row)
 
     def evaluate(step: int) -> dict:
         if held_out is None:

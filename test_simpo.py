@@ -1337,13 +1337,18 @@ def test_two_processes_train_exactly_what_one_does(in_fours):
 
 @pytest.mark.parametrize("make_model", [make_llama, make_tied_llama])
 def test_a_model_spread_over_processes_trains_as_one_that_is_whole(make_model, place, tmp_path):
-    """Catches gradients of a shard that are scaled or lost, and a half or doubly saved model."""
+    """Catches gradients of a shard that are scaled or lost, and a half or doubly saved model.
+    Once with torchrun itself."""
     write_model(tmp_path / "model", make_model())
     run(tmp_path / "model", place / "nine.jsonl", tmp_path / "one", *FOURS)
     source = ["--model", tmp_path / "model", "--dataset", place / "nine.jsonl", *FOURS]
     source += ["--micro_batch_size", 1, "--gradient_checkpointing", "--shard"]
-    done = torchrun(2, *source, "--output_dir", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    source += ["--output_dir", tmp_path / "two"]
+    if make_model is make_llama:
+        done = torchrun(2, *source)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert codes(start(2, tmp_path / "shown", *source)) == [0, 0]
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
@@ -1834,14 +1839,14 @@ STOPS = {  # where the signal comes -> (before which call of what, the step afte
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", STOPS)
 def test_a_signal_ends_a_run_after_the_step_and_it_resumes_to_the_same_bits(
-    where, number, place, tmp_path, undisturbed, disturb, capsys
+    where, place, tmp_path, undisturbed, disturb, capsys
 ):
     """Catches a step done half or twice, a row of metrics lost or repeated, a reference that is no
     longer the starting model, and a signal that is lost or kills while something is written."""
     name, call, step = STOPS[where]
+    number = (signal.SIGINT, signal.SIGTERM)[[*STOPS].index(where) % 2]
     disturb(name, call, lambda: os.kill(os.getpid(), number))
     last, shown = go(place, tmp_path / "out"), capsys.readouterr().out
     assert (last == {}) == (step is not None) == ("--resume" in shown)
@@ -2072,7 +2077,8 @@ def test_processes_that_have_read_different_pairs_do_not_start(place, tmp_path):
     added up under the names of these."""
     shown, other = tmp_path / "shown", ["--dataset", place / "seven.jsonl"]
     started = start(2, shown, *long_run(place, tmp_path / "out"), last=other)
-    assert codes(started) == [2, 2]
+    assert codes(started[:1]) == [2]
+    started[1].terminate()  # as torchrun does
     assert "simpo.py: error: --dataset: " in shown.read_text()
     assert "Traceback" not in shown.read_text()
     assert not (tmp_path / "out").exists()
@@ -2269,8 +2275,8 @@ def test_a_mistake_ends_a_real_process_with_code_2_and_one_line(place, tmp_path)
     """Catches an exit code of 0 or 1, by which a shell script would take the run for good."""
     data, out = write_jsonl(tmp_path / "bad.jsonl", [NINE[0], answer_of(None)]), tmp_path / "out"
     argv = ["--model", place / "llama", "--dataset", data, "--output_dir", out]
-    done = fresh_process(SCRIPT, *argv)
-    line = the_error((done.returncode, done.stdout, done.stderr), out)
+    (code,) = codes(start(1, tmp_path / "shown", *argv))
+    line = the_error((code, "", (tmp_path / "shown").read_text()), out)
     assert "bad.jsonl" in line and "row 2" in line
 
 
@@ -2278,10 +2284,34 @@ def test_a_mistake_ends_a_real_process_with_code_2_and_one_line(place, tmp_path)
 def test_a_mistake_ends_all_processes_and_is_told_once(flags, place, tmp_path):
     """Catches a process that waits for one that has ended, and eight copies of a message."""
     good = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
-    done = torchrun(2, *good, "--output_dir", tmp_path / "out", *flags)
-    assert done.returncode != 0  # torchrun's own code, and its own words around the line
-    errors = [line for line in done.stderr.split("\n") if "simpo.py: error: " in line]
+    good += ["--output_dir", tmp_path / "out"]
+    if flags[0] == "--dataset":
+        done = torchrun(2, *good, *flags)
+        shown = done.stderr
+        assert done.returncode != 0  # torchrun's own code, and its own words around the line
+    else:
+        started = start(2, tmp_path / "shown", *good, *flags)
+        assert codes(started[:1]) == [2]
+        started[1].terminate()  # as torchrun does
+        codes(started)
+        shown = (tmp_path / "shown").read_text()
+    errors = [line for line in shown.split("\n") if "simpo.py: error: " in line]
     assert len(errors) == 1 and all(str(word) in errors[0] for word in flags)
+
+
+def test_a_mistake_of_the_second_process_alone_is_told_too(place, tmp_path):
+    """Catches a process that ends without a word because only the first one may speak."""
+    good, shown = (
+        ["--model", place / "llama", "--dataset", place / "nine.jsonl"],
+        tmp_path / "shown",
+    )
+    hollow = write_model(tmp_path / "hollow")  # the tokenizer is there, the weights are not
+    (hollow / "model.safetensors").unlink()
+    good += ["--output_dir", tmp_path / "out"]
+    assert codes(start(2, shown, *good, last=["--model", hollow])) == [1, 2]
+    errors = re.findall(r"simpo\.py: error: .*", shown.read_text())
+    assert re.search("--model .*hollow: ", errors[0])
+    assert len(errors) == 2 and "process 0 has lost another" in errors[1]
 
 
 # ========================================================================= hostile data, any model
@@ -2389,8 +2419,8 @@ TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in
 SURROGATE = json.dumps(chat("a", "half", "c")).replace("half", "\\ud83d")
 JSONL = "".join(json.dumps(row) + "\n" for row in NINE).encode()
 HOSTILE_FILES = {  # name -> (content, what must be printed, or the error)
-    "1_mb.jsonl": (lines_of(*NINE, chat(big("x"), big("y"), big("z z "))), "10 pairs read, 0 dr"),
-    "1_mb_text.jsonl": (lines_of(texts(big("x"), big("\u20ac"), big("z"))), "1 pairs read, 0 dr"),
+    "1_mb.jsonl": (lines_of(*NINE, chat(big("z z "), "a", "b")), "10 pairs read, 0 dropped"),
+    "1_mb_text.jsonl": (lines_of(texts("a", big("\u20ac"), "b")), "1 pairs read, 0 dropped"),
     "turns.jsonl": (lines_of(chat("", "a", "b") | {"prompt": TURNS}), "1 pairs read, 0 dropped"),
     "system_only.jsonl": (
         lines_of(chat("", "a", "b") | {"prompt": [{"role": "system", "content": "Be kind."}]}),
@@ -2498,30 +2528,6 @@ def test_a_models_own_code_and_pickles_are_not_run(place, tmp_path, mistake):
 
 
 # ========================================================================= the demo
-FAULT = """import os
-if os.environ.get("RANK") == "1":
-    import transformers
-    def fail(*_, **__):
-        raise RuntimeError("this card is full")
-    transformers.AutoModelForCausalLM.from_pretrained = fail
-"""
-
-
-def test_a_mistake_of_the_second_process_alone_is_told_too(place, tmp_path, monkeypatch):
-    """Catches a process that ends without a word because only the first one may speak."""
-    (tmp_path / "sitecustomize.py").write_text(FAULT)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    good = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
-    done = torchrun(2, *good, "--output_dir", tmp_path / "out")
-    assert done.returncode != 0
-    lines = re.findall(r"simpo\.py: error: .*", done.stderr)  # of the second; the first has lost it
-    assert [bool(re.search("--model .*llama: this card is full", x)) for x in lines] == [
-        True,
-        False,
-    ]
-    assert "process 0 has lost another" in lines[1]
-
-
 def demo(out, *flags):
     """`python simpo.py` with these flags -> the first and the last evaluation."""
     done = fresh_process(SCRIPT, "--output_dir", out, *flags)
