@@ -718,8 +718,8 @@ STOP = []  # what came of these signals
 
 
 @contextlib.contextmanager
-def in_training():
-    """Let SIGINT and SIGTERM wait in STOP for the end of a step; end if another process has."""
+def signals_noted():
+    """Let SIGINT and SIGTERM wait in STOP for the end of a step."""
 
     def note(number: int, frame) -> None:
         STOP.append(number)
@@ -729,12 +729,6 @@ def in_training():
     usual = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield
-    except RuntimeError as e:
-        if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
-            raise
-        what = f"simpo.py: error: process {RANK} has lost another: --resume goes on where it can"
-        print(f"{what} ({str(e).splitlines()[0]})", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly exit would wait for the one that is gone
     finally:
         STOP.clear()
         for number, handler in usual:
@@ -808,8 +802,8 @@ def save_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: di
                 if old != folder:  # nor is it, if damaged ones are newer
                     shutil.rmtree(old, ignore_errors=True)
     except (OSError, dcp.api.CheckpointException) as e:
-        failures = [failure for failure, _ in getattr(e, "failures", {}).values()]
-        error = str((failures or [e])[0])
+        first = next(iter(getattr(e, "failures", {}).values()), [e])[0]
+        error = f"{type(first).__name__}: {first}"
         shutil.rmtree(new, ignore_errors=True)  # what it took may be what the metrics need
     if error := max(filter(None, gather(error)), default=None):
         raise OSError(error)
@@ -1139,7 +1133,7 @@ def main(argv: list[str] | None = None) -> dict:
         describe(policy, config, steps)
         keep = partial(save_checkpoint, policy, optimizer, sets, config, run)
         started = time.perf_counter()
-        with in_training():
+        with signals_noted():
             try:
                 train(policy, optimizer, data, config, steps, run, log, evaluate, keep)
                 seconds, after = time.perf_counter() - started, evaluate(steps)
@@ -1174,3 +1168,9 @@ if __name__ == "__main__":
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"simpo.py: process {RANK} interrupted before training: there is nothing to save")
+    except RuntimeError as e:
+        if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
+            raise
+        what = f"simpo.py: error: process {RANK} has lost another: --resume goes on where it can"
+        print(f"{what} ({str(e).splitlines()[0]})", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly exit would wait for the one that is gone
