@@ -1799,6 +1799,10 @@ def undisturbed(place, tmp_path_factory):
     return out
 
 
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def go(place, out, *flags):
     return simpo.main([str(x) for x in long_run(place, out, *flags)])
 
@@ -1865,7 +1869,7 @@ def test_two_processes_go_on_from_what_one_has_saved_and_the_other_way_round(
     """Catches checkpoints that only fit the number of processes that made them."""
     out, shown, slow = tmp_path / "out", tmp_path / "shown", ["--beta", 0.05]  # less to round
     go(place, tmp_path / "undisturbed", *slow)
-    disturb("nn.utils.clip_grad_norm_", 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    disturb("nn.utils.clip_grad_norm_", 5, stop)
     go(place, out, *slow)
     for flags in (["--shard"], []):  # each stops after three steps, or a few more
         before = len(steps_of(read_metrics(out)))
@@ -1885,7 +1889,7 @@ def test_the_newest_checkpoints_are_kept(place, tmp_path, disturb):
     go(place, out, "--keep_checkpoints", 3)
     names = {path.name for path in out.iterdir() if path.is_dir()}
     assert names == {"checkpoint-18", "checkpoint-20", "checkpoint-22"}
-    disturb("nn.utils.clip_grad_norm_", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    disturb("nn.utils.clip_grad_norm_", 3, stop)
     go(place, tmp_path / "rare", "--save_every", 0)
     assert [path.name for path in (tmp_path / "rare").glob("checkpoint-*")] == ["checkpoint-3"]
 
@@ -1911,7 +1915,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
 ):
     """Catches weights that are silently wrong, and a run that is lost because one file is."""
     rng, stopped, out = random.Random(2), tmp_path / "stopped", tmp_path / "out"
-    disturb("nn.utils.clip_grad_norm_", 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    disturb("nn.utils.clip_grad_norm_", 23, stop)
     go(place, stopped)
     assert [path.name for path in simpo.checkpoints(stopped)] == ["checkpoint-23", "checkpoint-22"]
     for _ in range(WOUNDS):
@@ -1927,10 +1931,23 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
         assert simpo.checkpoints(out)  # and what is whole is not thrown away for what is not
 
 
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(place, tmp_path, undisturbed, disturb):
+    """Catches "keep the newest" that keeps the damaged one alone."""
+    out, flags = tmp_path / "out", ["--save_every", 20, "--keep_checkpoints", 1]
+    disturb("nn.utils.clip_grad_norm_", 23, stop)
+    go(place, out, "--save_every", 20)
+    (out / "checkpoint-23" / "run.json").unlink()
+    disturb("nn.utils.clip_grad_norm_", 1, stop)  # the first step after the 20th
+    go(place, out, "--resume", *flags)
+    assert [path.name for path in simpo.checkpoints(out)] == ["checkpoint-23", "checkpoint-21"]
+    go(place, out, "--resume", *flags)
+    assert_same_bits(undisturbed, out)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(place, tmp_path, disturb):
     """Catches hours of training that are silently repeated, over the traces of what was lost."""
     out = tmp_path / "out"
-    disturb("nn.utils.clip_grad_norm_", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    disturb("nn.utils.clip_grad_norm_", 5, stop)
     go(place, out)
     for folder in simpo.checkpoints(out):
         (folder / "run.json").write_text("{}")
@@ -2497,7 +2514,7 @@ def test_any_kind_of_model_stops_resumes_and_reloads_as_the_same(name, place, tm
     one, two = tmp_path / "one", tmp_path / "two"
     source = [tmp_path / "model", place / "nine.jsonl"]
     run(*source, one, "--batch_size", 4, "--lr", 1e-3)
-    disturb("nn.utils.clip_grad_norm_", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    disturb("nn.utils.clip_grad_norm_", 2, stop)
     assert len(steps_of(run(*source, two, "--batch_size", 4, "--lr", 1e-3)[1])) == 2
     run(*source, two, "--batch_size", 4, "--lr", 1e-3, "--resume")
     assert_same_bits(one, two)
