@@ -954,7 +954,6 @@ def train(policy, optimizer, data: Data, config, steps: int, run: dict, log, eva
             except OSError as e:
                 print(f"warning: there is no checkpoint of step {step}: {e}")
         if any(gather(bool(STOP))):
-            bar.close()
             raise Stopped
 
 

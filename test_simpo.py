@@ -2503,6 +2503,7 @@ ANY_MODEL = {  # name -> its model and tokenizer
     "no newline after a turn": (make_llama, STYLES["llama3"].make),
     "no pad token": (partial(make_llama, pad_token_id=None), partial(make_tokenizer, pad=False)),
     "soft caps": (make_gemma2, make_tokenizer),
+    "bf16 compute": (make_llama, make_tokenizer),
 }
 
 
@@ -2513,10 +2514,11 @@ def test_any_kind_of_model_stops_resumes_and_reloads_as_the_same(name, place, tm
     write_model(tmp_path / "model", make_model(), make())
     one, two = tmp_path / "one", tmp_path / "two"
     source = [tmp_path / "model", place / "nine.jsonl"]
-    run(*source, one, "--batch_size", 4, "--lr", 1e-3)
+    flags = ["--batch_size", 4, "--lr", 1e-3, "--dtype", "bf16" if "bf16" in name else "fp32"]
+    run(*source, one, *flags)
     disturb("nn.utils.clip_grad_norm_", 2, stop)
-    assert len(steps_of(run(*source, two, "--batch_size", 4, "--lr", 1e-3)[1])) == 2
-    run(*source, two, "--batch_size", 4, "--lr", 1e-3, "--resume")
+    assert len(steps_of(run(*source, two, *flags)[1])) == 2
+    run(*source, two, *flags, "--resume")
     assert_same_bits(one, two)
     model = transformers.AutoModelForCausalLM.from_pretrained(two)
     tokenizer = transformers.AutoTokenizer.from_pretrained(two)
