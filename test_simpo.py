@@ -436,6 +436,32 @@ def codes(started, seconds=60):
     return [process.exitcode for process in started]
 
 
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def disturb(monkeypatch):
+    """disturb(name, call, action): action() comes just before that call of simpo.name."""
+
+    def prepare(name, call, action):
+        holder, calls = simpo, []
+        *path, name = name.split(".")
+        for part in path:
+            holder = getattr(holder, part)
+        real = getattr(holder, name)
+
+        def spy(*args, **options):
+            calls.append(name)
+            if len(calls) == call:
+                action()
+            return real(*args, **options)
+
+        monkeypatch.setattr(holder, name, spy)
+
+    return prepare
+
+
 def the_error(result, out):
     """The one line that tells a user what to mend; nothing else may have happened."""
     code, _, stderr = result
@@ -1371,6 +1397,23 @@ def test_a_process_alone_with_a_gpu_trains_as_one_without(place, tmp_path, proce
     assert_same_training(tmp_path / "plain", tmp_path / "fsdp")
 
 
+def test_a_process_alone_with_a_gpu_goes_on_from_what_one_without_has_saved(
+    place, tmp_path, process_group, disturb
+):
+    """Catches a checkpoint that takes a group of one for no group."""
+    source, out = [place / "llama", place / "nine.jsonl"], tmp_path / "out"
+    disturb("nn.utils.clip_grad_norm_", 1, stop)
+    run(*source, out, *FOURS)  # the group of one ends with it
+    disturb("nn.utils.clip_grad_norm_", 1, stop)
+    run(*source, out, *FOURS, "--resume")
+    assert [path.name for path in simpo.checkpoints(out)] == ["checkpoint-2", "checkpoint-1"]
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    run(*source, out, *FOURS, "--resume")
+    run(*source, tmp_path / "plain", *FOURS)
+    assert_same_training(tmp_path / "plain", out)
+
+
 def test_gradients_of_bf16_weights_are_summed_in_fp32():
     """Catches a sum of 300 small gradients in bf16, which stops growing at 256 of them."""
     policy = torch.nn.Linear(1, 1, bias=False)
@@ -1799,34 +1842,8 @@ def undisturbed(place, tmp_path_factory):
     return out
 
 
-def stop():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def go(place, out, *flags):
     return simpo.main([str(x) for x in long_run(place, out, *flags)])
-
-
-@pytest.fixture
-def disturb(monkeypatch):
-    """disturb(name, call, action): action() comes just before that call of simpo.name."""
-
-    def prepare(name, call, action):
-        holder, calls = simpo, []
-        *path, name = name.split(".")
-        for part in path:
-            holder = getattr(holder, part)
-        real = getattr(holder, name)
-
-        def spy(*args, **options):
-            calls.append(name)
-            if len(calls) == call:
-                action()
-            return real(*args, **options)
-
-        monkeypatch.setattr(holder, name, spy)
-
-    return prepare
 
 
 STOPS = {  # where the signal comes -> (before which call of what, the step after which it ends)
