@@ -2031,6 +2031,15 @@ def test_a_started_run_is_neither_overwritten_nor_resumed_by_mistake(place, begu
         go(place, out, "--resume")
 
 
+def test_an_overwritten_run_resumes_beside_the_old_model(place, tmp_path, undisturbed, disturb):
+    """Catches an old config.json by which the new run, stopped, passes for one that has ended."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    disturb("nn.utils.clip_grad_norm_", 3, stop)
+    go(place, out, "--overwrite")
+    go(place, out, "--resume")
+    assert_same_bits(undisturbed, out)
+
+
 def test_two_runs_do_not_write_into_one_folder(place, tmp_path):
     """Catches metrics and checkpoints of two runs, mixed, when a job was submitted twice."""
     out, shown = tmp_path / "out", tmp_path / "shown"
@@ -2075,6 +2084,20 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(place, tmp_path, begun, u
     assert not (out / "config.json").exists()  # the model, 140 kB, was not written
     assert go(place, out, "--resume")  # there is room again
     assert_same_bits(undisturbed, out)
+
+
+def test_a_stopped_run_that_cannot_be_saved_says_so_and_leaves_no_half(place, tmp_path, disturb):
+    """Catches a disk that stays full of what cannot be used, and an exit code of 0 all the same."""
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    disturb("nn.utils.clip_grad_norm_", 3, stop)
+    disturb("digests", 2, full)  # the checkpoint of step 2 is written, that of step 3 is not
+    with pytest.raises(simpo.UserError, match="--output_dir .*nothing saved.*No space left"):
+        go(place, tmp_path / "out")
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"metrics.jsonl", "simpo_run.json", "checkpoint-2"}
 
 
 @pytest.mark.parametrize("where", ["below a file", "in /proc"])
