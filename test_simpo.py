@@ -482,6 +482,7 @@ def place(tmp_path_factory):
     write_model(folder / "llama")
     write_jsonl(folder / "nine.jsonl", NINE)
     write_jsonl(folder / "seven.jsonl", SEVEN)
+    write_jsonl(folder / "letter.jsonl", [*NINE[:8], chat("Bye", "See you", "!")])
     return folder
 
 
@@ -1900,6 +1901,17 @@ def test_two_processes_go_on_from_what_one_has_saved_and_the_other_way_round(
     assert_same_training(tmp_path / "undisturbed", out)
 
 
+def test_a_step_that_is_saved_is_not_saved_again(place, tmp_path, disturb):
+    """Catches the only checkpoint, removed for its own copy when the machine goes down."""
+
+    def never():
+        raise AssertionError
+
+    disturb("nn.utils.clip_grad_norm_", 2, stop)
+    disturb("dcp.save", 2, never)
+    assert go(place, tmp_path / "out", "--save_every", 2, "--keep_checkpoints", 1) == {}
+
+
 def test_the_newest_checkpoints_are_kept(place, tmp_path, disturb):
     """Catches a disk that fills up, and a number that is compared as a text: 8 after 22."""
     out = tmp_path / "out"
@@ -2003,6 +2015,7 @@ OTHER_RUNS = {  # flags -> what the line must say
     "--epochs 9": ["--epochs 8, not 9"],
     "--dtype bf16": ["--dtype fp32, not bf16"],
     "--dataset {place}/seven.jsonl": ["pairs of --dataset"],
+    "--dataset {place}/letter.jsonl": ["pairs of --dataset"],  # of the same lengths
     "--eval_dataset {place}/nine.jsonl": ["pairs of --eval_dataset"],
     "--max_length 60": ["--max_length 2048, not 60"],
 }
@@ -2098,6 +2111,20 @@ def test_a_stopped_run_that_cannot_be_saved_says_so_and_leaves_no_half(place, tm
         go(place, tmp_path / "out")
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {"metrics.jsonl", "simpo_run.json", "checkpoint-2"}
+
+
+def test_half_a_model_is_not_taken_for_one(place, tmp_path, disturb):
+    """Catches a run that counts as ended though it died while its files were put in place."""
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    disturb("Path.rename", 5, full)
+    with pytest.raises(simpo.UserError, match="--output_dir .*no model saved.*No space left"):
+        go(place, tmp_path / "out", "--save_every", 0)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    placed = names - {"metrics.jsonl", "simpo_run.json", "unfinished"}
+    assert len(placed) == 4 and "config.json" not in placed
 
 
 @pytest.mark.parametrize("where", ["below a file", "in /proc"])
