@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import glob
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
@@ -215,8 +217,10 @@ def split_row(row: dict) -> tuple[list[dict] | str, str, str] | None:
         messages = value if isinstance(value, list) else [{"role": "text", "content": value}]
         pairs = [(m.get("role"), m.get("content")) for m in messages if isinstance(m, dict)]
         right = all(isinstance(part, str) for pair in pairs for part in pair)
-        if not right or len(pairs) < len(messages) or type(chosen) is not type(rejected):
+        if not right or len(pairs) < len(messages):
             raise UserError(f"{name!r} is {value!r:.70}: no text, nor messages of role and content")
+    if type(chosen) is not type(rejected):
+        raise UserError("one of 'chosen' and 'rejected' is text, the other one messages")
     if isinstance(chosen, str) and prompt is not None:
         return prompt, chosen, rejected
     if isinstance(chosen, str):  # hh-rlhf: each side is a dialogue that ends in an answer
@@ -377,7 +381,7 @@ def read_rows(source: str, split: str):
     if path.is_file():
         cells = dict.fromkeys(("prompt", "chosen", "rejected"), str)  # or 4 were a number
         options = {"keep_default_na": False, "converters": cells} if suffix == ".csv" else {}
-        folder, options["data_files"] = str(path.absolute().parent), path.name
+        folder, options["data_files"] = str(path.absolute().parent), glob.escape(path.name)
         rows = datasets.load_dataset(folder, split=split, **options)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         rows = datasets.load_from_disk(source)  # of save_to_disk
@@ -524,7 +528,7 @@ def parse_config(argv: list[str] | None) -> Config:
     reads = ", ".join(FLAG[name] for name in vars(c) if name in read) or "no such flags"
     idle = " ".join(FLAG[name] for name in given if demo and name in NOT_IN_DEMO)
     fresh = c.overwrite or c.inspect or (demo and "output_dir" not in given)
-    taken = not fresh and (Path(c.output_dir) / "config.json").exists()
+    taken = not fresh and not c.resume and (Path(c.output_dir) / "config.json").exists()
     begun = not fresh and not c.resume and checkpoints(c.output_dir)
     for wrong, message in (
         (unknown, f"{' '.join(unknown)}: there is no such flag"),
@@ -534,6 +538,11 @@ def parse_config(argv: list[str] | None) -> Config:
         ((c.label_smoothing or 0) > 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (c.warmup_ratio > 1, f"--warmup_ratio {c.warmup_ratio}: use 0 to 1"),
         (c.ref_model and c.loss not in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
+        (c.resume and c.overwrite, "--resume and --overwrite: one of them"),
+        (
+            c.model and Path(c.model).resolve() == Path(c.output_dir).resolve() and not c.inspect,
+            f"--output_dir {c.output_dir} is --model itself",
+        ),
         (taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
         (begun, f"--output_dir {c.output_dir} holds a run: --resume it, or --overwrite it"),
     ):
@@ -588,7 +597,8 @@ def start_up() -> None:
         torch.cuda.reset_peak_memory_stats()
     if (WORLD_SIZE > 1 or DEVICE.type == "cuda") and not torch.distributed.is_initialized():
         alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group(**alone if WORLD_SIZE == 1 else {})
+        patience = timedelta(hours=2)  # of those who wait for one that tokenizes or saves
+        torch.distributed.init_process_group(timeout=patience, **alone if WORLD_SIZE == 1 else {})
     if sys.platform == "linux" and DEVICE.type == "cpu":
         # glibc: keep freed memory, which costs 15% of a step if it has to be asked for each time.
         mallopt, most = ctypes.CDLL(None).mallopt, 2**31 - 1
@@ -724,7 +734,7 @@ def signals_noted():
     def note(number: int, frame) -> None:
         STOP.append(number)
         if RANK == 0:  # one print must not interrupt another
-            os.write(2, b"\nstopping: this step is finished, then all is saved\n")
+            os.write(2, b"\nstopping, as soon as the state can be saved\n")
 
     usual = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
@@ -749,6 +759,8 @@ def alone_in(out: Path):
                 raise UserError("another run is writing there") from None
             except OSError:  # a file system that has no locks
                 pass
+        if len({*gather(os.fstat(file.fileno()).st_ino)}) > 1:
+            raise UserError(f"--output_dir {out}: the machines do not share this folder")
         yield
 
 
@@ -758,19 +770,18 @@ def checkpoints(out: Path | str) -> list[Path]:
     return [found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)]
 
 
-def digests(folder: Path) -> dict[str, str]:
+def file_digests(folder: Path, names: list[str]) -> dict[str, str]:
     """{name: SHA-256} of a checkpoint's files; digests.json keeps them, to know damage by."""
 
-    def of(path: Path) -> str:
-        with path.open("rb") as file:
+    def of(name: str) -> str:
+        with open(folder / name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    files = [path for path in folder.iterdir() if path.name != "digests.json"]
     with ThreadPoolExecutor() as pool:
-        return dict(zip((path.name for path in files), pool.map(of, files)))
+        return dict(zip(names, pool.map(of, names)))
 
 
-def tensors(policy: ResponseLogps, optimizer, sets: list[Data]) -> dict[str, Tensor]:
+def state_tensors(policy: ResponseLogps, optimizer, sets: list[Data]) -> dict[str, Tensor]:
     """What a checkpoint holds, beside run.json and metrics.jsonl. Pairs have an order that follows
     from seed and step, the learning rate follows from the step, and nothing else is random."""
     state = {f"reference.{i}": data.reference for i, data in enumerate(sets)}
@@ -783,7 +794,7 @@ def tensors(policy: ResponseLogps, optimizer, sets: list[Data]) -> dict[str, Ten
 def save_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: dict) -> None:
     """Write checkpoint-STEP, all processes together. It gets its name when all of it is on the
     disk. If that fails on one, OSError on all of them; the checkpoints before stay."""
-    out, state, error = Path(config.output_dir), tensors(policy, optimizer, sets), None
+    out, state, error = Path(config.output_dir), state_tensors(policy, optimizer, sets), None
     new, folder = out / "unfinished", out / f"checkpoint-{run['step']}"
     files = {name: 1 + i // 64 for i, name in enumerate(state)}  # each is whole in memory once
     writer = dcp.HuggingFaceStorageWriter(str(new), files, save_distributed=True)
@@ -794,7 +805,8 @@ def save_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: di
         if RANK == 0:
             (new / "run.json").write_text(json.dumps(run))
             shutil.copy(out / "metrics.jsonl", new)
-            (new / "digests.json").write_text(json.dumps(digests(new)))
+            found = file_digests(new, os.listdir(new))
+            (new / "digests.json").write_text(json.dumps(found))
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             new.rename(folder)
@@ -812,11 +824,13 @@ def save_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: di
 
 def load_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: dict) -> bool:
     """Fill in all of these from the newest whole checkpoint; False if there is none."""
-    found, right = gather(checkpoints(config.output_dir))[0], None
+    found = gather(checkpoints(config.output_dir))[0]
     for folder in found:
+        right = False
         if RANK == 0:
-            with contextlib.suppress(OSError, ValueError):
-                right = json.loads((folder / "digests.json").read_text()) == digests(folder)
+            with contextlib.suppress(Exception):  # whatever damage can do
+                digests = json.loads((folder / "digests.json").read_text())
+                right = digests == file_digests(folder, [*digests])
         if not gather(right)[0]:
             print(f"warning: {folder} is damaged, so the one before it is used")
             continue
@@ -824,7 +838,10 @@ def load_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: di
         then, now = saved["same"], run["same"]
         if other := [f"{x} {then.get(x)}, not {now[x]}" for x in now if then.get(x) != now[x]]:
             raise UserError(f"--resume: {folder} was made with {'; '.join(other)}")
-        reader, state = dcp.HuggingFaceStorageReader(str(folder)), tensors(policy, optimizer, sets)
+        reader, state = (
+            dcp.HuggingFaceStorageReader(str(folder)),
+            state_tensors(policy, optimizer, sets),
+        )
         dcp.load(state, storage_reader=reader, no_dist=WORLD_SIZE == 1)
         refresh(policy)
         run |= saved | {"saved": saved["step"]}
@@ -858,6 +875,7 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
     """METRICS of the pairs at `indices`, a row each, by all processes together. backward=True
     leaves the gradient of the mean loss, however it is cut."""
     options = {name: getattr(config, name) for name in HYPERPARAMETERS[config.loss]}
+    may_stop = not backward and z is None  # not in the midst of a step
     if config.loss == "kto":
         if z is None:  # of all these pairs, however they are cut: a pass before
             z = score(policy, data, indices, config, z=0)[:, 1:3].mean().clamp(min=0)
@@ -866,7 +884,7 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
     cut = passes(data.lengths[indices], policy.share_prompt, config)
     bar = {"desc": "scoring", "leave": False, "delay": 3, "disable": backward or RANK > 0}
     for hands in tqdm(cut, **bar):
-        if not backward and any(gather(bool(STOP))):
+        if may_stop and any(gather(bool(STOP))):
             raise Stopped
         mine = [hand[RANK] for hand in hands if RANK < len(hand)]
         # FSDP's processes must keep step: one without pairs scores another's, with weight 0.
@@ -904,9 +922,9 @@ def make_optimizer(policy: ResponseLogps, config: Config) -> torch.optim.Optimiz
     return optimizer
 
 
-def train(policy, optimizer, data: Data, config, steps: int, run: dict, log, evaluate, save):
+def train(policy, optimizer, data: Data, config, steps: int, run: dict, log, evaluate, keep):
     """Train in place from run["step"] on; log(row) every --log_every steps, evaluate(step) before
-    the first and every --eval_every, save() every --save_every. Raises Stopped if told to end."""
+    the first and every --eval_every, keep() every --save_every. Raises Stopped if told to end."""
     warmup = int(config.warmup_ratio * steps)  # rounded down: one step alone has the full lr
     cosine = transformers.get_cosine_schedule_with_warmup
     schedule = cosine(optimizer, warmup, steps, last_epoch=run["step"] - 1)
@@ -950,7 +968,7 @@ def train(policy, optimizer, data: Data, config, steps: int, run: dict, log, eva
             bar.set_postfix({x.split("/")[-1]: f"{row[x]:.3g}" for x in row if x in BAR})
         if config.save_every and step % config.save_every == 0 and step < steps:
             try:
-                save()
+                keep()
             except OSError as e:
                 print(f"warning: there is no checkpoint of step {step}: {e}")
         if any(gather(bool(STOP))):
@@ -1031,8 +1049,8 @@ def load(config: Config) -> tuple:
     if config.model is None:
         return *build_demo(config), {}
     with blame(f"--model {config.model}", config.model):
-        load = transformers.AutoTokenizer.from_pretrained
-        tokenizer = load(config.model, trust_remote_code=False)
+        make = transformers.AutoTokenizer.from_pretrained
+        tokenizer = make(config.model, trust_remote_code=False)
     if LOCAL_RANK > 0:  # one process tokenizes, the others read what it has cached
         with contextlib.suppress(RuntimeError):  # it has ended: they will find the same mistake
             torch.distributed.barrier()
@@ -1081,11 +1099,8 @@ def describe(policy: ResponseLogps, config: Config, steps: int) -> None:
             wandb.init(project=config.wandb, config=record)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Train as the command line says; -> the metrics of the last evaluation, or {} if stopped."""
-    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0, and silent elsewhere
-    config = parse_config(argv)
-    start_up()
+def train_and_save(config: Config) -> dict:
+    """-> the metrics of the last evaluation, or {} if stopped. --output_dir is there."""
     tokenizer, model, sets, counts = load(config)
     policy, out = prepare(model, config, sets), Path(config.output_dir)
     data, held_out = (*sets, None)[:2]
@@ -1096,7 +1111,9 @@ def main(argv: list[str] | None = None) -> dict:
     steps = config.max_steps or math.ceil(len(data.pairs) / config.batch_size) * config.epochs
     same = {FLAG[name]: x for name, x in vars(config).items() if name not in FREE}
     same |= {f"pairs of {x}": d.digest for x, d in zip(("--dataset", "--eval_dataset"), sets)}
-    run = {"step": 0, "skipped": 0, "same": same}  # what of a run is no tensor
+    same["weights of --model"] = policy.model.num_parameters()
+    # What of a run is no tensor: also the step last "saved", and the evaluation "before" training.
+    run = {"step": 0, "skipped": 0, "same": same}
 
     def log(row: dict) -> None:
         if RANK == 0:
@@ -1119,29 +1136,28 @@ def main(argv: list[str] | None = None) -> dict:
         log({"step": step} | row)
         return row
 
-    with alone_in(out):
-        optimizer = make_optimizer(policy, config)
-        if not (config.resume and load_checkpoint(policy, optimizer, sets, config, run)):
-            if RANK == 0:  # whatever an older run has left, and --overwrite has given up
-                (out / "metrics.jsonl").write_text("")
-                (out / "config.json").unlink(missing_ok=True)
-                for old in checkpoints(config.output_dir):
-                    shutil.rmtree(old)
-            if config.loss in NEEDS_REFERENCE:
-                score_reference(policy, sets, config)
-        describe(policy, config, steps)
-        keep = partial(save_checkpoint, policy, optimizer, sets, config, run)
-        started = time.perf_counter()
-        with signals_noted():
-            try:
-                train(policy, optimizer, data, config, steps, run, log, evaluate, keep)
-                seconds, after = time.perf_counter() - started, evaluate(steps)
-                save(policy, tokenizer, out)
-            except Stopped:
-                after = None
-                if run["step"] != run.get("saved"):
-                    with blame(f"--output_dir {out}: nothing saved"):
-                        keep()
+    optimizer = make_optimizer(policy, config)
+    resumed = config.resume and load_checkpoint(policy, optimizer, sets, config, run)
+    if config.loss in NEEDS_REFERENCE and not resumed:
+        score_reference(policy, sets, config)
+    describe(policy, config, steps)
+    if RANK == 0 and not resumed:  # what an older run has left, and --overwrite has given up
+        (out / "metrics.jsonl").write_text("")
+        (out / "config.json").unlink(missing_ok=True)
+        for old in checkpoints(out):
+            shutil.rmtree(old, ignore_errors=True)
+    keep = partial(save_checkpoint, policy, optimizer, sets, config, run)
+    started = time.perf_counter()
+    with signals_noted():
+        try:
+            train(policy, optimizer, data, config, steps, run, log, evaluate, keep)
+            seconds, after = time.perf_counter() - started, evaluate(steps)
+            save(policy, tokenizer, out)
+        except Stopped:
+            after = None
+            if run["step"] != run.get("saved"):
+                with blame(f"--output_dir {out}: nothing saved"):
+                    keep()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves before the model is on the disk
         torch.distributed.destroy_process_group()
@@ -1157,7 +1173,30 @@ def main(argv: list[str] | None = None) -> dict:
     return after
 
 
+def main(argv: list[str] | None = None) -> dict:
+    """Train as the command line says; -> the metrics of the last evaluation, or {} if stopped."""
+    sys.stdout = sys.stdout if RANK == 0 else None  # print is for rank 0, and silent elsewhere
+    config = parse_config(argv)
+    if config.resume and (Path(config.output_dir) / "config.json").exists():
+        print(f"--output_dir {config.output_dir} holds the model already: nothing is left to do")
+        return {}
+    start_up()
+    if config.inspect:
+        return train_and_save(config)
+    with alone_in(Path(config.output_dir)):
+        return train_and_save(config)
+
+
+def end_now(number: int, frame) -> None:
+    """What Ctrl-C does before training, at once: some libraries would swallow an exception."""
+    if os.getpid() == PROCESS and RANK == 0:
+        os.write(2, b"\nsimpo.py: interrupted, with nothing to save\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    PROCESS = os.getpid()  # and not one of the workers that tokenize
+    signal.signal(signal.SIGINT, end_now)
     try:
         main()
     except UserError as e:
@@ -1165,11 +1204,9 @@ if __name__ == "__main__":
             time.sleep(5)
         print(f"simpo.py: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(f"simpo.py: process {RANK} interrupted before training: there is nothing to save")
     except RuntimeError as e:
         if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
             raise
-        what = f"simpo.py: error: process {RANK} has lost another: --resume goes on where it can"
+        what = f"\nsimpo.py: error: process {RANK} has lost another: --resume goes on where it can"
         print(f"{what} ({str(e).splitlines()[0]})", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly exit would wait for the one that is gone

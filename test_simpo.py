@@ -375,11 +375,12 @@ def command_line(monkeypatch, capsys, *argv):
     """`python simpo.py argv`, without starting Python anew -> (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["simpo.py", *map(str, argv)])
     capsys.readouterr()
-    code = 0
+    code, usual = 0, signal.getsignal(signal.SIGINT)
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     except SystemExit as end:
         code = end.code
+    signal.signal(signal.SIGINT, usual)
     return code, *capsys.readouterr()
 
 
@@ -1734,6 +1735,14 @@ def test_all_file_formats_give_the_same_pairs(place, tmp_path, monkeypatch, caps
             assert answer + "<|im_end|>" in seen[0]
 
 
+def test_a_file_is_read_under_its_own_name_alone(place, tmp_path, monkeypatch, capsys):
+    """Catches a name with brackets that is taken for a pattern, and so for another file's name."""
+    write_jsonl(tmp_path / "a[1].jsonl", PLAIN[:1])
+    write_jsonl(tmp_path / "a1.jsonl", PLAIN[1:3])
+    shown = inspected(monkeypatch, capsys, place / "llama", tmp_path / "a[1].jsonl")
+    assert PLAIN[0]["prompt"] in shown and PLAIN[1]["prompt"] not in shown
+
+
 def test_cells_of_a_csv_stay_texts(place, tmp_path, monkeypatch, capsys):
     """Catches a column of answers like 4 and None that becomes numbers and nulls."""
     path = tmp_path / "cells.csv"
@@ -1881,6 +1890,16 @@ def test_a_signal_ends_a_run_after_the_step_and_it_resumes_to_the_same_bits(
     assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == usual
 
 
+def test_a_signal_between_an_evaluation_and_ktos_estimate_repeats_no_row(place, tmp_path, disturb):
+    """Catches a stop in the midst of a step, at which an evaluation is logged and not yet saved."""
+    flags, out = ["--loss", "kto", "--beta", 0.1, "--eval_every", 2], tmp_path / "out"
+    disturb("score", 14, stop)  # two of the reference, two of evaluation 0, four for each step,
+    go(place, out, *flags)
+    go(place, out, *flags, "--resume")
+    steps = [row["step"] for row in read_metrics(out) if "eval/loss" in row]
+    assert steps == [*range(0, 25, 2)]
+
+
 def test_two_processes_go_on_from_what_one_has_saved_and_the_other_way_round(
     place, tmp_path, disturb
 ):
@@ -1958,6 +1977,13 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
         assert "checkpoint-23 is damaged" in shown and "resumed      after step 22" in shown, damage
         assert_same_bits(undisturbed, out)
         assert simpo.checkpoints(out)  # and what is whole is not thrown away for what is not
+
+
+def test_a_file_that_somebody_else_has_put_into_a_checkpoint_is_no_damage(place, begun, tmp_path):
+    """Catches .DS_Store and .nfs files."""
+    out = shutil.copytree(begun, tmp_path / "out")
+    (out / "checkpoint-1" / ".DS_Store").write_text("x")
+    assert go(place, out, "--resume", "--save_every", 0)
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(place, tmp_path, undisturbed, disturb):
@@ -2040,8 +2066,38 @@ def test_a_started_run_is_neither_overwritten_nor_resumed_by_mistake(place, begu
         go(place, out)
     go(place, out, "--overwrite", "--save_every", 0, "--max_steps", 2)
     assert not simpo.checkpoints(out) and len(steps_of(read_metrics(out))) == 2
-    with pytest.raises(simpo.UserError, match="holds a model"):
-        go(place, out, "--resume")
+    with pytest.raises(simpo.UserError, match="--resume and --overwrite"):
+        go(place, out, "--resume", "--overwrite")
+
+
+def test_a_run_that_has_ended_is_resumed_by_doing_nothing(place, tmp_path, undisturbed):
+    """Catches a queue that starts a finished job again and again, for it seems to fail."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert go(place, out, "--resume") == {}
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_model_is_not_trained_into_its_own_folder(tmp_path, mistake):
+    """Catches the starting model, gone when the run is killed."""
+    folder = write_model(tmp_path / "model")
+    flags = ["--model", folder, "--output_dir", f"{folder}/../model", "--overwrite"]
+    with pytest.raises(simpo.UserError, match="--output_dir .* is --model"):
+        simpo.main([str(x) for x in (*flags, "--dataset", "x")])
+    assert (folder / "config.json").exists()
+
+
+def test_nothing_is_deleted_before_the_new_run_can_start(place, tmp_path, undisturbed):
+    """Catches a model lost to --overwrite for a run that then fails for a typo."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    before = {path: path.stat().st_size for path in out.rglob("*")}
+    for flags in (["--ref_model", tmp_path / "absent"], ["--wandb", "x"]):
+        with pytest.raises(simpo.UserError, match=flags[0]):
+            go(place, out, "--overwrite", *flags)
+        now = {path: path.stat().st_size for path in out.rglob("*")}
+        assert {path for path in before if now.get(path) != before[path]} <= {
+            out / "simpo_run.json"
+        }
 
 
 def test_an_overwritten_run_resumes_beside_the_old_model(place, tmp_path, undisturbed, disturb):
@@ -2057,8 +2113,8 @@ def test_two_runs_do_not_write_into_one_folder(place, tmp_path):
     """Catches metrics and checkpoints of two runs, mixed, when a job was submitted twice."""
     out, shown = tmp_path / "out", tmp_path / "shown"
     first = start(1, shown, *long_run(place, out, "--epochs", 999))
-    wait_for(lambda: (out / "metrics.jsonl").exists() and steps_of(read_metrics(out)))
-    for flags in ([], ["--resume"], ["--overwrite"]):
+    wait_for(lambda: simpo.checkpoints(out))
+    for flags in (["--resume"], ["--overwrite"]):
         with pytest.raises(simpo.UserError, match="--output_dir .*another run"):
             go(place, out, "--epochs", 999, "--save_every", 0, *flags)
     assert first[0].is_alive()
@@ -2106,7 +2162,7 @@ def test_a_stopped_run_that_cannot_be_saved_says_so_and_leaves_no_half(place, tm
         raise OSError(28, "No space left on device")
 
     disturb("nn.utils.clip_grad_norm_", 3, stop)
-    disturb("digests", 2, full)  # the checkpoint of step 2 is written, that of step 3 is not
+    disturb("file_digests", 2, full)  # the checkpoint of step 2 is written, that of step 3 is not
     with pytest.raises(simpo.UserError, match="--output_dir .*nothing saved.*No space left"):
         go(place, tmp_path / "out")
     left = {path.name for path in (tmp_path / "out").iterdir()}
@@ -2144,6 +2200,18 @@ def test_an_output_folder_that_vanishes_ends_the_run_with_one_line(place, tmp_pa
         go(place, out)
 
 
+def test_ctrl_c_before_training_ends_at_once_with_one_line(place, tmp_path):
+    """Catches a library that swallows the exception, after which the whole run is trained."""
+    rows = [texts(f"question {i}" * 50, "a", f"b {i}") for i in range(20_000)]
+    data, shown = write_jsonl(tmp_path / "many.jsonl", rows), tmp_path / "shown"
+    started = start(1, shown, "--model", place / "llama", "--dataset", data)
+    wait_for(lambda: shown.exists() and "tokenizing" in shown.read_text())
+    os.kill(started[0].pid, signal.SIGINT)
+    assert codes(started, 5) == [130]
+    assert shown.read_text().count("simpo.py: interrupted") == 1
+    assert "Traceback" not in shown.read_text()
+
+
 @pytest.mark.parametrize("flags", [[], ["--shard"]], ids=str)
 def test_when_a_process_dies_the_others_end_within_a_minute_and_say_so(flags, place, tmp_path):
     """Catches seven GPUs that wait all night for the eighth. Nobody helps the others here."""
@@ -2165,7 +2233,7 @@ def test_processes_that_have_read_different_pairs_do_not_start(place, tmp_path):
     started[1].terminate()  # as torchrun does
     assert "simpo.py: error: --dataset: " in shown.read_text()
     assert "Traceback" not in shown.read_text()
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl"}
 
 
 # ========================================================================= mistakes of the user
@@ -2188,6 +2256,10 @@ BAD_FILES = {  # name -> (content, what the line must say besides the name)
     "broken.jsonl": (lines_of(*NINE[:2], '{"prompt": "Hi'), ["line 3"]),
     "columns.jsonl": (lines_of(BETTER), ["chosen", "rejected", "question", "better", "worse"]),
     "half.jsonl": (lines_of({"prompt": "Hi", "chosen": "a"}), ["rejected", "prompt", "chosen"]),
+    "one_side.jsonl": (
+        lines_of(*PLAIN, {"prompt": "Hi", "chosen": "a"}),
+        ["row 6", "'rejected' is"],
+    ),
     "null_content.jsonl": (lines_of(NINE[0], answer_of(None)), ["row 2"]),
     "null_answer.jsonl": (lines_of(PLAIN[0], PLAIN[1] | {"rejected": None}), ["row 2"]),
     "number_contents.jsonl": (lines_of(answer_of(5)), ["row 1"]),
