@@ -9,7 +9,7 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
     torchrun --nproc_per_node=8 simpo.py --model M --dataset D    # eight GPUs
 
 Shapes: B pairs, R rows, T tokens of a row, N scored tokens of a batch, V vocabulary, D hidden.
-Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO (3 to 7):
+Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO (3 to 8):
  1. Compute is bf16, from fp32 weights; log-softmax, sums, losses and Adam's steps are fp32.
  2. A prompt above --max_prompt_length loses what follows the template's opening, not its end.
  3. --gamma is the paper's gamma; the official gamma_beta_ratio is gamma / beta.
@@ -17,6 +17,7 @@ Departures from the paper (1, 2) and from the authors' code, princeton-nlp/SimPO
  5. Each answer is cut by itself to the room its prompt leaves; a cut one has no end of turn.
  6. A pair with an empty answer is dropped before training, not divided by its length 0.
  7. Metrics cover all pairs of all processes, not those of rank 0.
+ 8. In messages the text of a control token stays text, and does not become the token.
 """
 
 import argparse
@@ -527,6 +528,7 @@ def parse_config(argv: list[str] | None) -> Config:
     strange = " ".join(FLAG[name] for name in given if name in every and name not in read)
     reads = ", ".join(FLAG[name] for name in vars(c) if name in read) or "no such flags"
     idle = " ".join(FLAG[name] for name in given if demo and name in NOT_IN_DEMO)
+    itself = c.model and Path(c.model).resolve() == Path(c.output_dir).resolve()
     fresh = c.overwrite or c.inspect or (demo and "output_dir" not in given)
     taken = not fresh and not c.resume and (Path(c.output_dir) / "config.json").exists()
     begun = not fresh and not c.resume and checkpoints(c.output_dir)
@@ -538,11 +540,8 @@ def parse_config(argv: list[str] | None) -> Config:
         ((c.label_smoothing or 0) > 0.5, f"--label_smoothing {c.label_smoothing}: use 0 to 0.5"),
         (c.warmup_ratio > 1, f"--warmup_ratio {c.warmup_ratio}: use 0 to 1"),
         (c.ref_model and c.loss not in NEEDS_REFERENCE, f"--ref_model: {c.loss} has no reference"),
-        (c.resume and c.overwrite, "--resume and --overwrite: one of them"),
-        (
-            c.model and Path(c.model).resolve() == Path(c.output_dir).resolve() and not c.inspect,
-            f"--output_dir {c.output_dir} is --model itself",
-        ),
+        (c.resume and c.overwrite, "--resume and --overwrite: use one of them"),
+        (itself, f"--output_dir {c.output_dir} is --model itself"),
         (taken, f"--output_dir {c.output_dir} holds a model; --overwrite would replace it"),
         (begun, f"--output_dir {c.output_dir} holds a run: --resume it, or --overwrite it"),
     ):
@@ -838,10 +837,8 @@ def load_checkpoint(policy, optimizer, sets: list[Data], config: Config, run: di
         then, now = saved["same"], run["same"]
         if other := [f"{x} {then.get(x)}, not {now[x]}" for x in now if then.get(x) != now[x]]:
             raise UserError(f"--resume: {folder} was made with {'; '.join(other)}")
-        reader, state = (
-            dcp.HuggingFaceStorageReader(str(folder)),
-            state_tensors(policy, optimizer, sets),
-        )
+        state = state_tensors(policy, optimizer, sets)
+        reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(state, storage_reader=reader, no_dist=WORLD_SIZE == 1)
         refresh(policy)
         run |= saved | {"saved": saved["step"]}
@@ -1018,13 +1015,11 @@ def build_demo(config: Config) -> tuple:
         schedule.step()
     for weight in policy.parameters() if WORLD_SIZE > 1 else ():  # fits on GPUs differ a little
         torch.distributed.broadcast(weight.data, 0)
-    sets = [pairs[200:], pairs[:200]]
-    lengths = [torch.tensor([pair["lengths"] for pair in pairs]) for pairs in sets]
-    return (
-        tokenizer,
-        llama,
-        [Data(p, n, digest(p), torch.zeros(len(p), 2)) for p, n in zip(sets, lengths)],
-    )
+    sets = []
+    for part in (pairs[200:], pairs[:200]):
+        lengths = torch.tensor([pair["lengths"] for pair in part])
+        sets.append(Data(part, lengths, digest(part), torch.zeros(len(part), 2)))
+    return tokenizer, llama, sets
 
 
 def judge(policy, tokenizer, pairs) -> dict:
