@@ -930,6 +930,7 @@ def train(policy, optimizer, data: Data, config, steps: int, run: dict, log, eva
     for done in bar:
         if done == 0 or config.eval_every and done % config.eval_every == 0:
             evaluate(done)  # here, so that a run resumed after this step does it, too
+            bar.unpause()  # an evaluation takes no part in the seconds of a step
         started, step = time.perf_counter(), done + 1
         epoch, k = divmod(done, per_epoch)
         if k == 0 or order is None:  # every epoch has its own order, the same on every process
@@ -1146,7 +1147,8 @@ def train_and_save(config: Config) -> dict:
     with signals_noted():
         try:
             train(policy, optimizer, data, config, steps, run, log, evaluate, keep)
-            seconds, after = time.perf_counter() - started, evaluate(steps)
+            after = evaluate(steps)
+            seconds = time.perf_counter() - started
             save(policy, tokenizer, out)
         except Stopped:
             after = None
@@ -1163,7 +1165,7 @@ def train_and_save(config: Config) -> dict:
     changes = [f"{x.split('/')[-1]} {run['before'][x]:.3f} -> {after[x]:.3f}" for x in shown]
     count = len(held_out.pairs) if held_out else 0
     print(f"held out     {', '.join(changes) or 'none given'} ({count} pairs)")
-    print(f"cost         {seconds:.0f} s of training, {peak_memory_gib():.1f} GiB at the peak")
+    print(f"cost         {seconds:.0f} s with evaluations, {peak_memory_gib():.1f} GiB at the peak")
     print(f"saved        AutoModelForCausalLM.from_pretrained({config.output_dir!r})")
     return after
 
