@@ -1893,7 +1893,8 @@ def test_a_signal_ends_a_run_after_the_step_and_it_resumes_to_the_same_bits(
 def test_a_signal_between_an_evaluation_and_ktos_estimate_repeats_no_row(place, tmp_path, disturb):
     """Catches a stop in the midst of a step, at which an evaluation is logged and not yet saved."""
     flags, out = ["--loss", "kto", "--beta", 0.1, "--eval_every", 2], tmp_path / "out"
-    disturb("score", 14, stop)  # two of the reference, two of evaluation 0, four for each step,
+    # Two of the reference; then two for each evaluation and step, the second for the estimate.
+    disturb("score", 2 + 2 * (1 + 2 + 1) + 2, stop)  # that of step 3, after evaluation 2
     go(place, out, *flags)
     go(place, out, *flags, "--resume")
     steps = [row["step"] for row in read_metrics(out) if "eval/loss" in row]
