@@ -1893,6 +1893,7 @@ def test_a_signal_ends_a_run_after_the_step_and_it_resumes_to_the_same_bits(
 def test_a_signal_between_an_evaluation_and_ktos_estimate_repeats_no_row(place, tmp_path, disturb):
     """Catches a stop in the midst of a step, at which an evaluation is logged and not yet saved."""
     flags, out = ["--loss", "kto", "--beta", 0.1, "--eval_every", 2], tmp_path / "out"
+    flags += ["--save_every", 0]  # or the step before were saved already, without the evaluation
     # Two of the reference; then two for each evaluation and step, the second for the estimate.
     disturb("score", 2 + 2 * (1 + 2 + 1) + 2, stop)  # that of step 3, after evaluation 2
     go(place, out, *flags)
