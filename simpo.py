@@ -568,7 +568,9 @@ def peak_memory_gib() -> float:  # of the GPU's allocator, or of the process on 
 
 
 def to_device(x, device: torch.device = DEVICE):
-    """A tensor on its way, without waiting for the GPU, as a copy of pageable memory would."""
+    """A tensor, or a batch of them, on its way; a copy of pageable memory would wait for the GPU."""
+    if isinstance(x, dict):
+        return {name: to_device(part, device) for name, part in x.items()}
     if not isinstance(x, Tensor):
         return x
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
@@ -640,7 +642,7 @@ def can_share_prompt(policy: ResponseLogps, sets: list[Data]) -> bool:
         for share_prompt in (False, True):
             model.set_attn_implementation("segments" if share_prompt else usual)
             batch = collate([start], share_prompt=share_prompt)
-            scores.append(policy(**{k: to_device(x, model.device) for k, x in batch.items()})[0])
+            scores.append(policy(**to_device(batch, model.device))[0])
     same = len(scores) == 2 and scores[1].allclose(scores[0], rtol=1e-4, atol=1e-4)
     if same and not soft_cap and not any(window and window < longest for window in windows):
         return True
@@ -701,21 +703,22 @@ def save(policy: ResponseLogps, tokenizer, folder: Path) -> None:
     for (name, _), weight in zip(policy.model.named_parameters(), policy.weights):
         full = whole(weight)
         state |= {name: full.cpu()} if RANK == 0 else {}
+    if RANK > 0:
+        return
     with blame(f"--output_dir {folder}: no model saved"):
         new = folder / "unfinished"
-        if RANK == 0:
-            shutil.rmtree(new, ignore_errors=True)
-            policy.model.save_pretrained(new, state_dict=state)
-            policy.model.config.dtype = torch.float32  # and not that of a copy in bf16
-            policy.model.config.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            os.sync()
-            for old in folder.glob("model*.safetensors*"):  # it may have been in more files
-                old.unlink()
-            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
-                shutil.rmtree(folder / path.name, ignore_errors=True)
-                path.rename(folder / path.name)
-            new.rmdir()
+        shutil.rmtree(new, ignore_errors=True)
+        policy.model.save_pretrained(new, state_dict=state)
+        policy.model.config.dtype = torch.float32  # and not that of a copy in bf16
+        policy.model.config.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        os.sync()
+        for old in folder.glob("model*.safetensors*"):  # it may have been in more files
+            old.unlink()
+        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.rename(folder / path.name)
+        new.rmdir()
 
 
 # ------------------------------------------------------------------------------ checkpoints
@@ -890,7 +893,7 @@ def score(policy, data: Data, indices, config, backward=False, z=None) -> Tensor
             policy.set_requires_all_reduce(hands is cut[-1])
         batch = collate([data.pairs[int(indices[i])] for i in mine], 0, policy.share_prompt)
         with torch.set_grad_enabled(backward):
-            s, n = policy(**{key: to_device(x) for key, x in batch.items()})  # [2B]
+            s, n = policy(**to_device(batch))  # [2B]
             s, n = s.view(2, -1), n.view(2, -1)  # [2B] -> [2, B]
             a = s / n  # the length normalisation
             s_ref = to_device(data.reference[indices[mine]].T)
@@ -1009,7 +1012,7 @@ def build_demo(config: Config) -> tuple:
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
     for _ in tqdm(range(steps), "fitting the demo's model", leave=False, disable=RANK > 0):
         batch = collate([pairs[i] for i in torch.randint(200, len(pairs), (32,))])
-        logps, lengths = policy(**{key: to_device(x) for key, x in batch.items()})
+        logps, lengths = policy(**to_device(batch))
         (-logps / lengths).mean().backward()  # the sft objective, on good and bad answers alike
         optimizer.step()
         optimizer.zero_grad()
@@ -1063,7 +1066,9 @@ def load(config: Config) -> tuple:
 
 
 def score_reference(policy: ResponseLogps, sets: list[Data], config: Config) -> None:
-    """Fill in the reference's logps, once: so no second model stays in memory."""
+    """Fill in the reference's logps, if any, once: so no second model stays in memory."""
+    if config.loss not in NEEDS_REFERENCE:
+        return
     scorer, started = policy, time.perf_counter()
     if config.ref_model:
         scorer = prepare(load_model("ref_model", config.ref_model, config), config, sets)
@@ -1101,8 +1106,7 @@ def train_and_save(config: Config) -> dict:
     policy, out = prepare(model, config, sets), Path(config.output_dir)
     data, held_out = (*sets, None)[:2]
     if config.inspect:
-        if config.loss in NEEDS_REFERENCE:
-            score_reference(policy, sets, config)
+        score_reference(policy, sets, config)
         return inspect_pairs(policy, tokenizer, data, config) or {}
     steps = config.max_steps or math.ceil(len(data.pairs) / config.batch_size) * config.epochs
     same = {FLAG[name]: x for name, x in vars(config).items() if name not in FREE}
@@ -1134,7 +1138,7 @@ def train_and_save(config: Config) -> dict:
 
     optimizer = make_optimizer(policy, config)
     resumed = config.resume and load_checkpoint(policy, optimizer, sets, config, run)
-    if config.loss in NEEDS_REFERENCE and not resumed:
+    if not resumed:
         score_reference(policy, sets, config)
     describe(policy, config, steps)
     if RANK == 0 and not resumed:  # what an older run has left, and --overwrite has given up

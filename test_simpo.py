@@ -135,7 +135,8 @@ STYLES = {
 every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 
 
-SLOW = pytest.mark.skipif(os.environ.get("SIMPO_SLOW") != "1", reason="a minute; SIMPO_SLOW=1")
+LONG_MODE = os.environ.get("SIMPO_SLOW") == "1"
+SLOW = pytest.mark.skipif(not LONG_MODE, reason="a minute; SIMPO_SLOW=1")
 
 
 # ------------------------------------------------------------------------- tiny models
@@ -417,14 +418,14 @@ def script(argv, environment, shown):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def start(processes, shown, *argv, last=()):
+def start(processes, shown, *argv, last=(), target=script):
     """The processes of a run, the last of which may be given other flags."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes)}
     started = []
     for rank in map(str, range(processes)):
         environment = group | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
         words = [str(x) for x in (*argv, *(last if rank == str(processes - 1) else ()))]
-        started.append(FORKS.Process(target=script, args=(words, environment, shown)))
+        started.append(FORKS.Process(target=target, args=(words, environment, shown)))
         started[-1].start()
     return started
 
@@ -441,26 +442,26 @@ def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def before_call(patch, name, call, action):
+    """action() comes just before that call of simpo.name."""
+    holder, calls = simpo, []
+    *path, name = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    real = getattr(holder, name)
+
+    def spy(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            action()
+        return real(*args, **options)
+
+    patch.setattr(holder, name, spy)
+
+
 @pytest.fixture
 def disturb(monkeypatch):
-    """disturb(name, call, action): action() comes just before that call of simpo.name."""
-
-    def prepare(name, call, action):
-        holder, calls = simpo, []
-        *path, name = name.split(".")
-        for part in path:
-            holder = getattr(holder, part)
-        real = getattr(holder, name)
-
-        def spy(*args, **options):
-            calls.append(name)
-            if len(calls) == call:
-                action()
-            return real(*args, **options)
-
-        monkeypatch.setattr(holder, name, spy)
-
-    return prepare
+    return partial(before_call, monkeypatch)
 
 
 def the_error(result, out):
@@ -1311,15 +1312,15 @@ def in_fours(request, place):
     return loss, flags, one, two
 
 
+def untimed_rows(out):
+    return [{k: x for k, x in row.items() if k not in TIMINGS} for row in read_metrics(out)]
+
+
 def assert_same_training(one, two):
     """The same rows of metrics.jsonl, timings apart, and the same weights."""
-    rows_one, rows_two = read_metrics(one), read_metrics(two)
+    rows_one, rows_two = untimed_rows(one), untimed_rows(two)
     assert len(rows_one) == len(rows_two)
     for row_one, row_two in zip(rows_one, rows_two):
-        row_one, row_two = (
-            {name: x for name, x in row.items() if name not in TIMINGS}
-            for row in (row_one, row_two)
-        )
         assert row_one == pytest.approx(row_two, rel=1e-5, abs=1e-6)
     weights_one, weights_two = (load_file(out / "model.safetensors") for out in (one, two))
     assert weights_one.keys() == weights_two.keys()
@@ -1380,11 +1381,15 @@ def test_a_model_spread_over_processes_trains_as_one_that_is_whole(make_model, p
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
+def start_group_of_one():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
 @pytest.fixture
 def process_group():
     """What a process alone with a GPU has: a group of one, and so FSDP."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    start_group_of_one()
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -1409,8 +1414,7 @@ def test_a_process_alone_with_a_gpu_goes_on_from_what_one_without_has_saved(
     disturb("nn.utils.clip_grad_norm_", 1, stop)
     run(*source, out, *FOURS, "--resume")
     assert [path.name for path in simpo.checkpoints(out)] == ["checkpoint-2", "checkpoint-1"]
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    start_group_of_one()
     run(*source, out, *FOURS, "--resume")
     run(*source, tmp_path / "plain", *FOURS)
     assert_same_training(tmp_path / "plain", out)
@@ -1763,7 +1767,7 @@ def test_splits_of_a_saved_dataset_are_told_apart(place, tmp_path, monkeypatch, 
 
 
 # ========================================================================= faults
-KILLS = 34 if os.environ.get("SIMPO_SLOW") == "1" else 7  # of each kind of run
+KILLS = 34 if LONG_MODE else 7  # of each kind of run
 
 
 def wait_for(condition):
@@ -1775,11 +1779,7 @@ def wait_for(condition):
 
 def assert_same_bits(one, two):
     """The same weights, bit by bit, and the same rows of metrics.jsonl, timings apart."""
-    rows = [
-        [{k: x for k, x in row.items() if k not in TIMINGS} for row in read_metrics(out)]
-        for out in (one, two)
-    ]
-    assert rows[0] == rows[1]
+    assert untimed_rows(one) == untimed_rows(two)
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 
 
@@ -1793,6 +1793,10 @@ KINDS = {"one process": (1, []), "two": (2, []), "two, sharded": (2, ["--shard"]
 def long_run(place, out, *flags):
     sets = ["--dataset", place / "nine.jsonl", "--eval_dataset", place / "seven.jsonl"]
     return ["--model", place / "llama", *sets, *LONG, "--output_dir", out, *flags]
+
+
+def go(place, out, *flags):
+    return simpo.main([str(x) for x in long_run(place, out, *flags)])
 
 
 @pytest.fixture(scope="session", params=KINDS)
@@ -1848,12 +1852,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 def undisturbed(place, tmp_path_factory):
     """The folder of a long run to which nothing happens."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    simpo.main([str(x) for x in long_run(place, out)])
+    go(place, out)
     return out
-
-
-def go(place, out, *flags):
-    return simpo.main([str(x) for x in long_run(place, out, *flags)])
 
 
 STOPS = {  # where the signal comes -> (before which call of what, the step after which it ends)
@@ -1944,20 +1944,20 @@ def test_the_newest_checkpoints_are_kept(place, tmp_path, disturb):
     assert [path.name for path in (tmp_path / "rare").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-DAMAGES = {
-    "cut": lambda path, _: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "empty": lambda path, _: path.write_bytes(b""),
-    "missing": lambda path, _: path.unlink(),
-    "a bit flipped": lambda path, rng: flip_a_bit(path, rng),
-    "noise": lambda path, rng: path.write_bytes(rng.randbytes(path.stat().st_size)),
-}
-WOUNDS = 200 if os.environ.get("SIMPO_SLOW") == "1" else 30
-
-
 def flip_a_bit(path, rng):
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": lambda path, _: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path, _: path.write_bytes(b""),
+    "missing": lambda path, _: path.unlink(),
+    "a bit flipped": flip_a_bit,
+    "noise": lambda path, rng: path.write_bytes(rng.randbytes(path.stat().st_size)),
+}
+WOUNDS = 200 if LONG_MODE else 30
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
@@ -2025,13 +2025,7 @@ def begun(place, tmp_path_factory):
     """The folder of a long run that was stopped."""
     out = tmp_path_factory.mktemp("begun") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        clip = simpo.nn.utils.clip_grad_norm_
-
-        def last(*args):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return clip(*args)
-
-        patch.setattr(simpo.nn.utils, "clip_grad_norm_", last)
+        before_call(patch, "nn.utils.clip_grad_norm_", 1, stop)
         go(place, out)
     return out
 
@@ -2050,7 +2044,7 @@ OTHER_RUNS = {  # flags -> what the line must say
 
 
 @pytest.mark.parametrize("flags", OTHER_RUNS)
-def test_a_run_of_other_flags_or_data_does_not_resume(flags, place, begun, capsys):
+def test_a_run_of_other_flags_or_data_does_not_resume(flags, place, begun):
     """Catches a run that is neither the old nor the new one."""
     before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
     with pytest.raises(simpo.UserError, match="--resume") as error:
@@ -2080,7 +2074,7 @@ def test_a_run_that_has_ended_is_resumed_by_doing_nothing(place, tmp_path, undis
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_a_model_is_not_trained_into_its_own_folder(tmp_path, mistake):
+def test_a_model_is_not_trained_into_its_own_folder(tmp_path):
     """Catches the starting model, gone when the run is killed."""
     folder = write_model(tmp_path / "model")
     flags = ["--model", folder, "--output_dir", f"{folder}/../model", "--overwrite"]
@@ -2126,20 +2120,9 @@ def test_two_runs_do_not_write_into_one_folder(place, tmp_path):
         go(place, out, "--resume")
 
 
-def limited(size, place, out, *flags):
-    """A run on a "disk" that takes no file of more than size bytes -> code, what it shows."""
-    shown = out.with_name("shown")
-    shown.write_text("")
-    limit = FORKS.Process(
-        target=script_on_a_small_disk,
-        args=(size, [str(x) for x in long_run(place, out, *flags)], {}, shown),
-    )
-    limit.start()
-    return codes([limit])[0], shown.read_text()
-
-
-def script_on_a_small_disk(size, *args):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def script_on_a_small_disk(*args):
+    """A "disk" that takes no file of more than 60 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
     script(*args)
 
 
@@ -2147,8 +2130,10 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(place, tmp_path, begun, u
     """Catches a traceback, half a checkpoint that passes for a whole one, half a model, and a run
     that is given up though only a checkpoint cannot be written."""
     out = shutil.copytree(begun, tmp_path / "out")
-    code, shown = limited(60_000, place, out, "--resume")
-    assert code == 2 and "Traceback" not in shown
+    flags = long_run(place, out, "--resume")
+    assert codes(start(1, tmp_path / "shown", *flags, target=script_on_a_small_disk)) == [2]
+    shown = (tmp_path / "shown").read_text()
+    assert "Traceback" not in shown
     assert len(re.findall("warning: there is no checkpoint of step .*large", shown)) == 11
     assert re.search("simpo.py: error: --output_dir .*out.*large", shown), shown
     assert [path.name for path in simpo.checkpoints(out)] == ["checkpoint-1"]
@@ -2491,7 +2476,7 @@ def test_the_text_of_control_tokens_in_a_message_stays_text(style):
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") in rendered["prompt_ids"]
 
 
-ROWS = 20_000 if os.environ.get("SIMPO_SLOW") == "1" else 2_000
+ROWS = 20_000 if LONG_MODE else 2_000
 ODD = ["", " ", "\n", "\0", "\ufeff", "\ufffe", "\u202e", "\u200d", "\u0301", "\r\n", "{{ 1 / 0 }}"]
 ODD += ["{% endfor %}", "@@", "\n\nAssistant:", "\n\nHuman:", *SPECIALS, "\U0010ffff", "x" * 3000]
 ODD_VALUES = [None, 5, 1.5, math.nan, True, [], {}, [None], [[]], {"role": "user"}, "", b"bytes"]
@@ -2569,13 +2554,13 @@ def test_a_hostile_row_is_trained_on_or_dropped_or_refused_in_one_line(style):
             assert torch.isfinite(logps).all() and (lengths > 0).all()
 
 
-def big(text, times=1_000_000):
-    return (text * times)[:1_000_000]
+def big(text):
+    return (text * 1_000_000)[:1_000_000]
 
 
 TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(9_999)]
 SURROGATE = json.dumps(chat("a", "half", "c")).replace("half", "\\ud83d")
-JSONL = "".join(json.dumps(row) + "\n" for row in NINE).encode()
+JSONL = lines_of(*NINE).encode()
 HOSTILE_FILES = {  # name -> (content, what must be printed, or the error)
     "1_mb.jsonl": (lines_of(*NINE, chat(big("z z "), "a", "b")), "10 pairs read, 0 dropped"),
     "1_mb_text.jsonl": (lines_of(texts("a", big("\u20ac"), "b")), "1 pairs read, 0 dropped"),
@@ -2599,7 +2584,7 @@ HOSTILE_FILES = {  # name -> (content, what must be printed, or the error)
     "crlf.csv": ("prompt,chosen,rejected\r\na,b,c\r\n", "1 pairs read, 0 dropped"),
     "half_a_line.jsonl": (JSONL[:-40], "line 9"),
     "half_a_file.json": (json.dumps(NINE)[:-40], "half_a_file.json"),
-    "latin_1.jsonl": (lines_of(*PLAIN) + '{"prompt": "\xe9"', "line 6.*utf-8"),
+    "latin_1.jsonl": (lines_of(*PLAIN).encode() + b'{"prompt": "\xe9"', "line 6.*utf-8"),
     "a_list.jsonl": (lines_of(*NINE[:2], [1, 2]), r"line 3: \[1, 2\] is no object"),
     "deep.jsonl": (lines_of(*NINE[:2], "[" * 100_000 + "]" * 100_000), "line 3"),
     "commas.csv": ("prompt,chosen,rejected\nHi, you,b,c\nHi, all,b,c\n", "commas.*need quotes"),
@@ -2615,11 +2600,7 @@ def test_a_hostile_file_ends_in_training_or_a_counted_drop_or_one_line(
 ):
     """Catches tracebacks, hangs, a shift of columns, and rows that vanish without being counted."""
     content, said = HOSTILE_FILES[name]
-    content = (
-        content
-        if isinstance(content, bytes)
-        else content.encode("latin-1" if "latin" in name else "utf-8")
-    )
+    content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / name).write_bytes(content)
     argv = ["--model", place / "llama", "--dataset", tmp_path / name, "--max_length", 400]
     result = command_line(monkeypatch, capsys, *argv, "--output_dir", tmp_path / "out")
