@@ -14,7 +14,6 @@ The first loss: where the policy still is the reference, DPO's is ln 2 = 0.69, I
 SimPO has no reference: at equal rewards its loss is log(1 + e^gamma), 1.62 for gamma 1.4.
 A falling chosen reward: the loss sees only the difference, so both may fall, the rejected one
 faster. A little is normal. If it falls far, lower --lr first, then raise --beta.
-
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights, losses and Adam are fp32, only
 products may be bf16. (2) --gamma is the paper's; their gamma_beta_ratio is gamma / beta. (3) What
 is scored begins after the assistant header and ends with one end of turn. (4) A prompt is never
@@ -59,15 +58,15 @@ def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta=2.5, gamma=1.4):
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7). All *_logps, [B], are sums, in nats."""
+    """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7). *_logps [B]: sums, in nats."""
     chosen_logratios = chosen_logps - ref_chosen_logps
     rejected_logratios = rejected_logps - ref_rejected_logps
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
 
 
 # Objectives: functions of the chosen answers w and the rejected answers l of B pairs that return
-# losses, chosen rewards and rejected rewards, [B]. After the * stand hyperparameters. A new one goes
-# into OBJECTIVES, and NEEDS_REFERENCE if it reads ref or ratio; its new flags into parse_args.
+# losses, chosen rewards and rejected rewards, [B]. After the * stand hyperparameters. To add one,
+# put it into OBJECTIVES, into NEEDS_REFERENCE if it reads ref or ratio, a new flag into parse_args.
 # sum: log pi(y|x)   avg: sum / |y|   ref: the reference's sum   ratio: sum - ref   length: |y|
 Answers = namedtuple("Answers", "sum avg ref ratio length")  # each [B]
 
@@ -121,8 +120,8 @@ class ResponseLogps(nn.Module):
 
     def forward(self, input_ids, scored):
         """What `collate` makes of B pairs -> log pi(y|x) of their answers, [2B], fp32, in nats.
-        Logits of all tokens, [2B, T, V], would be the largest tensor of a step. So only states that
-        predict a token of an answer meet the head, a chunk at a time, and backward does so again."""
+        The logits of all tokens, [2B, T, V], would be the largest tensor of a step. So only states
+        that predict a scored token meet the head, a chunk at a time, and in backward again."""
         hidden = self.model.base_model(input_ids, use_cache=False)[0]  # [2B, T, D]
         row, place = scored[:, 1:].nonzero(as_tuple=True)  # each [N]
         targets = input_ids[row, place + 1]  # [N], each predicted one place before it
@@ -136,7 +135,7 @@ class ResponseLogps(nn.Module):
 # ------------------------------------------------------------------------------ data
 def split_row(row):
     """A row in a format of the README -> prompt, chosen, rejected: three texts; or three lists of
-    messages, the prompt and two conversations that begin with it. Raises an error if it is neither."""
+    messages, the prompt and two conversations that begin with it. Raises an error otherwise."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         return prompt, chosen, rejected
@@ -215,7 +214,7 @@ def collate(pairs, pad_token_id=0):
 
 
 def load_pairs(source, split, tokenizer, args):
-    """A hub id or a file -> its pairs, tokenized, in Arrow. Says what is dropped and what is cut."""
+    """A hub id or a file -> its pairs, tokenized, in Arrow. Says what it drops and what it cuts."""
     import datasets  # here, so that the rest works without it
 
     path = Path(source).absolute()
@@ -303,7 +302,7 @@ def parse_args(argv):
     return args
 
 
-# ------------------------------------------------------------------------------ runtime and checkpoints
+# ------------------------------------------------------------------------------ runtime
 RANK = int(os.environ.get("RANK", "0"))  # torchrun sets the three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -312,7 +311,7 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if ON_GPU else torch.device("cpu")
 
 
 def load_model(args):
-    """A model with fp32 weights, whatever its file has. bf16 has 8 bits: around 0.02 its numbers are
+    """A model with fp32 weights, whatever its file has. bf16 has 8 bits: near 0.02 its numbers are
     2^-13 = 1.2e-4 apart, and a step of 1e-6 is 61 times too small not to be rounded away."""
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     model.eval()  # no dropout, in training too: policy and reference have to agree
@@ -348,9 +347,11 @@ def save_model(policy, model, tokenizer, out):
         names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
         state = {name: state[f"model.{name}"] for name in names if f"model.{name}" in state}
         tokenizer.save_pretrained(out)
+        shutil.rmtree(out / "new", ignore_errors=True)
         model.save_pretrained(out / "new", state_dict=state)
         for path in sorted((out / "new").iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(out / path.name)
+        (out / "new").rmdir()
 
 
 def find_checkpoint(out, args):
@@ -390,8 +391,7 @@ def load_checkpoint(folder, policy, optimizer):
     weights, moments = dcp_state.get_state_dict(policy, optimizer)
     state = {"weights": weights, "moments": moments}
     dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    parts = {"model_state_dict": weights, "optim_state_dict": moments}
-    dcp_state.set_state_dict(policy, optimizer, **parts)
+    dcp_state.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
     if RANK == 0:
         shutil.copy(folder / "metrics.jsonl", folder.parent)
     return int(folder.name[11:])
