@@ -14,11 +14,10 @@ The first loss: where the policy still is the reference, DPO's is ln 2 = 0.69, I
 SimPO has no reference: at equal rewards its loss is log(1 + e^gamma), 1.62 for gamma 1.4.
 A falling chosen reward: the loss sees only the difference, so both may fall, the rejected one
 faster. A little is normal. If it falls far, lower --lr first, then raise --beta.
-Departures from the authors' code, princeton-nlp/SimPO: (1) Weights, losses and Adam are fp32, only
-products may be bf16. (2) --gamma is the paper's; their gamma_beta_ratio is gamma / beta. (3) What
-is scored begins after the assistant header and ends with one end of turn. (4) A prompt is never
-cut: a pair with one that is too long is dropped, as is one with an empty answer, whose average is
-0/0. An answer is cut to the room that is left. (5) Metrics cover all pairs of all processes.
+Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
+is the paper's; their gamma_beta_ratio is gamma / beta. (3) What is scored begins after the header
+of the answer and ends with one end of turn. (4) Answers may be cut, prompts not: pairs with a long
+prompt, or an empty answer (0/0), are dropped. (5) Metrics cover all pairs of all processes.
 """
 
 import argparse
@@ -26,12 +25,12 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import sys
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import jinja2
 import torch
@@ -49,9 +48,9 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------ objectives
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta=2.5, gamma=1.4):
     """SimPO's loss of each pair, [B] (arXiv:2405.14734, Eq. 6).
-    *_avg_logps [B]: log pi(y|x) / |y|, in nats per token, the end of turn included. beta makes
-    rewards of them. gamma is the margin of reward by which the chosen answer must win. 2.5 and 1.4
-    were best for Llama-3-8B-Instruct; other models had beta 2 to 10, gamma / beta 0.1 to 0.8."""
+    *_avg_logps [B]: log pi(y|x) / |y|, in nats; |y| counts scored tokens, the end of turn too. beta
+    makes rewards of them; gamma is the margin of reward by which the chosen answer must win. 2.5
+    and 1.4 were best for Llama-3-8B-Instruct; others had beta 2 to 10, gamma / beta 0.1 to 0.8."""
     chosen_rewards = beta * chosen_avg_logps
     rejected_rewards = beta * rejected_avg_logps
     return -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
@@ -65,8 +64,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 # Objectives: functions of the chosen answers w and the rejected answers l of B pairs that return
-# losses, chosen rewards and rejected rewards, [B]. After the * stand hyperparameters. To add one,
-# put it into OBJECTIVES, into NEEDS_REFERENCE if it reads ref or ratio, a new flag into parse_args.
+# losses, chosen rewards and rejected rewards, [B]. After the * stand hyperparameters with defaults.
+# A new one goes into OBJECTIVES, and NEEDS_REFERENCE if it reads ref or ratio; flags: parse_args.
 # sum: log pi(y|x)   avg: sum / |y|   ref: the reference's sum   ratio: sum - ref   length: |y|
 Answers = namedtuple("Answers", "sum avg ref ratio length")  # each [B]
 
@@ -79,7 +78,7 @@ def simpo(w, l, *, beta=2.5, gamma=1.4, lam=0.0, no_length_norm=False):
 
 
 def dpo(w, l, *, beta=0.01):
-    losses = dpo_loss(w.sum, l.sum, w.ref, l.ref, beta)
+    losses = dpo_loss(w.sum, l.sum, w.ref, l.ref, beta)  # the SimPO paper found 0.01 best
     return losses, beta * w.ratio, beta * l.ratio
 
 
@@ -140,12 +139,11 @@ def split_row(row):
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise TypeError("'prompt', 'chosen' and 'rejected' are neither texts nor messages")
-    if isinstance(prompt, str) and len(chosen) == 1:
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
-        chosen = prompt + chosen
-        rejected = prompt + rejected
+        raise TypeError("'prompt', 'chosen' and 'rejected' are neither three texts nor messages")
+    if len(chosen) == len(rejected) == 1:  # answers alone, no whole conversations
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+        chosen = turns + chosen
+        rejected = turns + rejected
     if not all(isinstance(message["content"], str) for message in chosen + rejected):
         raise ValueError("the content of a message is no text")
     if not all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected)):
@@ -160,7 +158,7 @@ def encode(prompt, chosen, rejected, tokenizer):
         texts = (prompt, chosen, rejected)
         prompt_ids, *answers = [tokenizer.encode(x, add_special_tokens=False) for x in texts]
         start = tokenizer.encode("a")[:1]
-        if start == [tokenizer.bos_token_id] != prompt_ids[:1]:
+        if start == [tokenizer.bos_token_id] and start != prompt_ids[:1]:
             prompt_ids = start + prompt_ids
         return prompt_ids, *[ids if ids[-1:] == [eos] else ids + [eos] for ids in answers]
     prompt_ids = template(prompt, add_generation_prompt=True, return_dict=False)
@@ -172,7 +170,7 @@ def encode(prompt, chosen, rejected, tokenizer):
             raise jinja2.TemplateError("it writes the prompt differently before an answer")
         ids = ids[len(prompt_ids) :] + [eos]
         end = [token in special for token in ids].index(True)
-        answers.append(ids[: end + 1])  # what a template writes behind it is not the model's to say
+        answers.append(ids[: end + 1])  # up to its first special token, which ends the turn
     return prompt_ids, *answers
 
 
@@ -286,7 +284,7 @@ def parse_args(argv):
     add("--dtype", str, dtype, "of products; many CPUs are slow at bf16", choices=["bf16", "fp32"])
     add("--output_dir", str, "simpo_output", "folder for the model, metrics and checkpoints")
     add("--save_every", int, 100, "steps between checkpoints, 0: none")
-    add("--resume", bool, False, "go on from the checkpoint in --output_dir, if there is one")
+    add("--resume", bool, False, "go on from the last checkpoint; repeat the other flags")
     args = parser.parse_args(argv)
     if args.model is None and args.dataset is None:
         parser.set_defaults(**DEMO)
@@ -294,8 +292,7 @@ def parse_args(argv):
     elif args.model is None or args.dataset is None:
         parser.error("--model and --dataset go together")
     args.max_prompt_length = args.max_prompt_length or args.max_length * 1800 // 2048
-    known = set().union(*hyperparameters.values())
-    given = {name: vars(args).pop(name) for name in known if name in args}
+    given = {x: vars(args).pop(x) for own in hyperparameters.values() for x in own if x in args}
     args.hyperparameters = hyperparameters[args.loss] | given
     if args.hyperparameters.keys() != hyperparameters[args.loss].keys():
         parser.error(f"--loss {args.loss} reads {[*hyperparameters[args.loss]]}, not {[*given]}")
@@ -312,13 +309,16 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if ON_GPU else torch.device("cpu")
 
 def load_model(args):
     """A model with fp32 weights, whatever its file has. bf16 has 8 bits: near 0.02 its numbers are
-    2^-13 = 1.2e-4 apart, and a step of 1e-6 is 61 times too small not to be rounded away."""
+    2^-13 = 1.2e-4 apart. A step of 1e-6 is 1/61 of half of that, and so it would be lost."""
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     model.eval()  # no dropout, in training too: policy and reference have to agree
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():  # it wants .training in the layers, but not inside of them
+        for module in model.modules():  # it asks for .training in layers; dropout is inside them
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
+    ids = torch.tensor([[0, 1]])  # is it as the model itself would score, or does it scale logits?
+    if not torch.allclose(-ResponseLogps(model)(ids, ids == 1), model(ids, labels=ids).loss):
+        sys.exit(f"simpo.py: {type(model).__name__} has logits that token_logps does not know")
     return model
 
 
@@ -356,21 +356,23 @@ def save_model(policy, model, tokenizer, out):
 
 def find_checkpoint(out, args):
     """-> the checkpoint to --resume from. If there is none, the first process claims the folder."""
-    flags, record = {k: x for k, x in vars(args).items() if k != "resume"}, out / "simpo_run.json"
+    flags, record = vars(args), out / "simpo_run.json"
+    free = {"resume", "shard", "gradient_checkpointing", "micro_batch_tokens", "save_every"}
     found = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     if args.resume and found:
         then = json.loads(record.read_text())
-        other = [name for name in flags if flags[name] != then[name]]
+        other = [x for x in flags if x not in free and flags[x] != then.get(x)]
         return found[-1] if not other else sys.exit(f"simpo.py: the run in {out} had other {other}")
     if RANK == 0:
-        if args.output_dir == DEMO["output_dir"]:
+        if args.model is None and args.output_dir == DEMO["output_dir"]:
             shutil.rmtree(out, ignore_errors=True)
-        if not args.resume and any((out / x).exists() for x in ("config.json", "metrics.jsonl")):
+        taken = [*out.glob("config.json"), *out.glob("metrics.jsonl"), *out.glob("checkpoint-*")]
+        if taken and not args.resume:
             sys.exit(f"simpo.py: {out} holds a run: --resume it, or choose another --output_dir")
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").unlink(missing_ok=True)
-        flags |= {"torch": torch.__version__, "transformers": transformers.__version__}
-        record.write_text(json.dumps(flags, indent=2))
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        record.write_text(json.dumps(flags | versions, indent=2))
 
 
 def save_checkpoint(policy, optimizer, step, out):
@@ -411,8 +413,8 @@ def micro_batches(pairs, most_tokens):
             passes.append([])
             longest = rows[hand[0]]
         passes[-1].append((hand[RANK], 1.0) if RANK < len(hand) else (hand[0], 0.0))
-    passes = [zip(*one_pass) for one_pass in passes]
-    return [(list(places), torch.tensor(weights, device=DEVICE)) for places, weights in passes]
+    unzipped = [zip(*one_pass) for one_pass in passes]
+    return [(list(places), torch.tensor(weights, device=DEVICE)) for places, weights in unzipped]
 
 
 def apply_objective(logps, pairs, ref_logps, args):
@@ -420,7 +422,7 @@ def apply_objective(logps, pairs, ref_logps, args):
     lengths = [[len(p["chosen_ids"]) for p in pairs], [len(p["rejected_ids"]) for p in pairs]]
     lengths = torch.tensor(lengths, device=DEVICE)  # |y|, [2, B]
     averages = logps / lengths  # the length normalization
-    w, l = map(Answers, logps, averages, ref_logps, logps - ref_logps, lengths)
+    w, l = map(Answers, logps, averages, ref_logps, logps - ref_logps, lengths)  # rows 0 and 1
     losses, chosen, rejected = OBJECTIVES[args.loss](w, l, **args.hyperparameters)
     metrics = {"loss": losses, "rewards/chosen": chosen, "rewards/rejected": rejected}
     metrics["rewards/margins"] = chosen - rejected
@@ -441,8 +443,8 @@ def score(policy, pairs, args):
 
 
 def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
-    """Train in place, from step done + 1 to the last of `steps`. The learning rate rises from 0, so
-    the first step changes nothing, then falls as a cosine. Others: transformers.get_scheduler."""
+    """Train in place, from step done + 1 to the last of `steps`. In the warm-up the rate rises from
+    0, so its first step changes nothing; then a cosine. Others: transformers.get_scheduler."""
     make_schedule = transformers.get_cosine_schedule_with_warmup
     schedule = make_schedule(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
@@ -472,7 +474,7 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
         if math.isfinite(norm):
             optimizer.step()
         else:
-            bar.write(f"step {step} skipped: the norm of its gradient is {norm}")
+            bar.write(f"step {step} skipped: gradient norm {norm}", file=sys.stderr)
         optimizer.zero_grad()
         schedule.step()
         # Log.
@@ -480,7 +482,7 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
             dist.all_reduce(totals)
         seconds = time.perf_counter() - started
         tokens = [len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process
+        peak = getrusage(RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
         if ON_GPU:
             peak = torch.cuda.max_memory_allocated()
         row = {"step": step, "epoch": step / per_epoch, "grad_norm": norm, "lr": lr}
@@ -495,8 +497,8 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
 
 # ------------------------------------------------------------------------------ demo and main
 def make_demo(seed):
-    """A tiny Llama answers "dbca=" with abcd, which is chosen, or with dcba, and some "!": more in
-    chosen answers, as real ones tend to be longer. -> tokenizer, model, pairs, held-out pairs."""
+    """A tiny Llama answers "dbca=" with abcd, which is chosen, or with dcba, and then a run of "!",
+    longer in chosen answers, as often in real ones. -> tokenizer, model, pairs, held-out pairs."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)  # bytes, nothing to download
@@ -543,8 +545,7 @@ def main(argv=None):
     if args.resume and (out / "config.json").exists():
         print(f"{out} holds the trained model: there is nothing left to do")
         return {}
-    if RANK > 0:
-        sys.stdout = None  # the first process speaks for all
+    sys.stdout = sys.stdout if RANK == 0 else None  # the first process speaks for all
     transformers.logging.set_verbosity_error()
     if ON_GPU:
         torch.cuda.set_device(DEVICE)
@@ -566,9 +567,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     print(f"{args.loss} {args.hyperparameters}: {steps} steps of {args.batch_size} pairs")
-    # The reference is the policy as it is now. It is scored once, and need not stay in memory.
     references = [torch.full((2, len(x)), math.nan, device=DEVICE) for x in (pairs, held_out)]
-    if args.loss in NEEDS_REFERENCE:
+    if args.loss in NEEDS_REFERENCE:  # the policy as it is now, scored once; else NaN, to be seen
         references = [score(policy, x, args) for x in (pairs, held_out)]
     ref_logps, held_out_ref_logps = references
     step = load_checkpoint(folder, policy, optimizer) if folder else 0

@@ -1,7 +1,5 @@
 """Tests of simpo.py: what could go wrong without anybody noticing, and how one would notice.
 
-    python -m pytest test_simpo.py        # less than two minutes on two CPU cores
-
 Every expected number comes from somewhere else than simpo.py: worked out by hand in plain Python
 floats, by a slow loop that scores one token at a time, or by another process. All models are tiny
 and random, all files are made on the spot, and nothing needs a network or a GPU.
@@ -17,7 +15,6 @@ import random
 import re
 import runpy
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -66,39 +63,28 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + "
     "' [/INST]' }}{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
 )
-NO_END = (
-    "{% for m in messages %}{{ '\n' + m.role + ': ' + m.content }}{% endfor %}"
-    + GENERATE
-    + "{{ '\nassistant: ' }}{% endif %}"
-)
 
 
-def make_tokenizer(template=CHATML, bos="<s>", eos="<|im_end|>", pad=None, adds_bos=0, merge=""):
-    """One token per byte, so that lengths can be counted by eye; `merge` makes two bytes one."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = [*SPECIALS, *letters, merge] if merge else [*SPECIALS, *letters]
+def make_tokenizer(template=CHATML, bos="<s>", eos="<|im_end|>", pad=None, adds_bos=0):
+    """One token per byte, so that lengths can be counted by eye."""
+    vocab = [*SPECIALS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
     ids = {token: i for i, token in enumerate(vocab)}
-    bpe = tokenizers.models.BPE(vocab=ids, merges=[tuple(merge)] if merge else [])
-    core = tokenizers.Tokenizer(bpe)
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=[]))
     options = {"add_prefix_space": False, "use_regex": False}
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(**options)
     core.decoder = tokenizers.decoders.ByteLevel()
     if adds_bos:  # as Llama's does to every text it is given
-        core.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
-        )
+        template_of = tokenizers.processors.TemplateProcessing
+        core.post_processor = template_of(single=f"{bos} $A", special_tokens=[(bos, ids[bos])])
     known = {"bos_token": bos, "eos_token": eos, "pad_token": eos if pad is None else pad or None}
-    others = [token for token in SPECIALS if token not in known.values()]
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, additional_special_tokens=others, **known
-    )
+    known["additional_special_tokens"] = [x for x in SPECIALS if x not in known.values()]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **known)
     tokenizer.chat_template = template
     return tokenizer
 
 
 class Style(NamedTuple):
-    """A way to write a chat. What must stand before an answer to "Hi?", and what must be scored
-    at its end, are written here by hand."""
+    """What must stand before an answer to "Hi?", and be scored at its end, by hand."""
 
     make: callable
     before: str
@@ -107,7 +93,7 @@ class Style(NamedTuple):
 
 STYLES = {
     "chatml": Style(
-        lambda: make_tokenizer(CHATML),
+        make_tokenizer,
         "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",  # and not the newline that the template writes after it
     ),
@@ -126,9 +112,6 @@ STYLES = {
         lambda: make_tokenizer(MISTRAL, eos="</s>", adds_bos=True),
         "<s>[INST] Hi? [/INST]",
         "</s>",
-    ),
-    "no_end": Style(  # the template writes nothing after an answer
-        lambda: make_tokenizer(NO_END, eos="</s>"), "\nuser: Hi?\nassistant: ", "</s>"
     ),
 }
 every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
@@ -403,25 +386,19 @@ def place(tmp_path_factory):
     """A folder with the model "llama" and the files nine.jsonl and seven.jsonl."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "llama")
+    write_model(folder / "tied", make_llama(tie_word_embeddings=True))
     write_jsonl(folder / "nine.jsonl", NINE)
     write_jsonl(folder / "seven.jsonl", SEVEN)
     return folder
 
 
-@pytest.fixture
-def mistake(place, tmp_path):
-    """mistake(flag, value, ...) makes a good command bad -> the one line of the error."""
-
-    def command(*flags):
-        good = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
-        good += ["--output_dir", tmp_path / "out"]
-        with pytest.raises(SystemExit) as end:
-            simpo.main([str(word) for word in (*good, *flags)])
-        assert not (tmp_path / "out" / "config.json").exists()
-        assert isinstance(end.value.code, str) and "\n" not in end.value.code
-        return end.value.code
-
-    return command
+def mistake(place, out, *flags):
+    """A good command, made bad by flags -> the one line that it ends with."""
+    good = ["--model", place / "llama", "--dataset", place / "nine.jsonl", "--output_dir", out]
+    with pytest.raises(SystemExit) as end:
+        simpo.main([str(word) for word in (*good, *flags)])
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    return end.value.code
 
 
 # ========================================================================= objectives
@@ -433,16 +410,6 @@ def test_simpo_loss_is_the_equation_with_the_papers_beta_and_gamma_by_default():
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_gamma_is_in_units_of_reward_and_not_the_ratio_of_gamma_to_beta():
-    """Catches a gamma that is multiplied by beta (the official code's flag is that ratio)."""
-    tie = torch.tensor([-1.0])
-    loss = simpo.simpo_loss(tie, tie, beta=2.5, gamma=1.4).item()
-    assert loss == pytest.approx(math.log(1 + math.exp(1.4)), rel=1e-6)
-    # A pair whose rewards differ by exactly gamma has the loss of a coin toss.
-    loss = simpo.simpo_loss(torch.tensor([-1.0]), torch.tensor([-1.56]), beta=2.5, gamma=1.4)
-    assert loss.item() == pytest.approx(math.log(2), rel=1e-5)
-
-
 def test_dpo_loss_is_the_equation():
     """Catches averages where DPO has sums, and a reference that is subtracted the wrong way."""
     numbers = [-12.0, -15.5, -13.0, -14.0]
@@ -451,15 +418,6 @@ def test_dpo_loss_is_the_equation():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     default = simpo.dpo_loss(*(torch.tensor([x]) for x in numbers)).item()
     assert default == pytest.approx(-log_sigmoid(0.1 * 2.5), rel=1e-6)  # the DPO paper's beta
-
-
-def test_the_losses_have_finite_values_and_gradients_at_huge_margins():
-    """Catches log(sigmoid(x)) in two steps, which is -inf from about x = -100 on."""
-    chosen = torch.tensor([-1e4, 0.0], requires_grad=True)
-    losses = simpo.simpo_loss(chosen, torch.tensor([0.0, -1e4]), gamma=0.0)
-    losses.sum().backward()
-    assert losses.tolist() == pytest.approx([2.5e4, 0.0])
-    assert chosen.grad.tolist() == pytest.approx([-2.5, 0.0])
 
 
 def random_answers(seed, count=12, least=-3.0, longest=40):
@@ -495,31 +453,6 @@ def test_each_objective_and_its_rewards_are_the_formulas_of_the_paper(name, hype
         assert result.tolist() == pytest.approx(list(numbers), rel=2e-5, abs=1e-6)
 
 
-@every_objective
-def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_answer(name):
-    """Catches a sign: over random pairs, never the wrong way, and for most pairs the right way."""
-    options = {"tau": 0.001} if name == "ipo" else {}  # IPO turns round at a margin of 1/(2 tau)
-    sides, (s_w, s_l) = as_tensors(random_answers(seed=7, count=300))
-    simpo.OBJECTIVES[name](*sides, **options)[0].sum().backward()
-    assert (s_w.grad <= 0).all() and (s_w.grad < 0).float().mean() > 0.9
-    if name == "sft":
-        assert s_l.grad is None
-    else:
-        assert (s_l.grad >= 0).all() and (s_l.grad > 0).float().mean() > 0.9
-
-
-@every_objective
-def test_length_matters_exactly_where_the_formula_says_so(name):
-    """Catches sums in SimPO, ORPO or SFT, and averages in DPO and IPO: both answers are doubled."""
-    pairs = random_answers(seed=9, least=-0.5, longest=9)
-    doubled = [tuple(Answer(2 * x.s, 2 * x.ref, 2 * x.n) for x in pair) for pair in pairs]
-    once, twice = (simpo.OBJECTIVES[name](*as_tensors(x)[0])[0].tolist() for x in (pairs, doubled))
-    if name in ("dpo", "ipo"):
-        assert all(abs(x - y) > 1e-5 for x, y in zip(once, twice))
-    else:
-        assert twice == pytest.approx(once, rel=1e-5)
-
-
 EXTREMES = [-1e-8, -1e-6, -1e-3, -0.7, -7.0, -50.0]
 
 
@@ -533,12 +466,6 @@ def test_losses_and_gradients_are_finite_from_certain_to_hopeless_answers(name):
         assert losses.dtype == torch.float32 and losses.isfinite().all()
         losses.sum().backward()
         assert all(x.grad.isfinite().all() for x in leaves if x.grad is not None)
-
-
-def test_the_defaults_of_the_functions_to_copy_are_those_of_the_flags():
-    """Catches two homes of beta and gamma that drift apart."""
-    assert simpo.simpo_loss.__defaults__ == (HYPER["simpo"]["beta"], HYPER["simpo"]["gamma"])
-    assert {name: f.__kwdefaults__ or {} for name, f in simpo.OBJECTIVES.items()} == HYPER
 
 
 # ========================================================================= log-likelihood
@@ -567,15 +494,6 @@ def test_scores_are_those_of_a_token_by_token_loop(make_model):
 
 
 @every_model
-def test_a_score_is_the_same_alone_and_among_other_pairs(make_model):
-    """Catches padding that shifts positions or is attended to."""
-    scorer, pairs = simpo.ResponseLogps(make_model()), some_pairs(seed=1, count=6)
-    together = scorer(**simpo.collate(pairs))
-    alone = torch.stack([scorer(**simpo.collate([pair])) for pair in pairs]).T.flatten()
-    assert together.tolist() == pytest.approx(alone.tolist(), rel=1e-5)
-
-
-@every_model
 def test_every_gradient_is_that_of_separate_rows_with_full_logits(make_model):
     """Catches a head that, applied to three tokens at a time, loses or doubles gradients."""
     model, pairs = make_model(), some_pairs(seed=2)
@@ -591,20 +509,6 @@ def test_every_gradient_is_that_of_separate_rows_with_full_logits(make_model):
     for key, p in model.named_parameters():
         scale = p.grad.abs().max().item()
         torch.testing.assert_close(chunked[key], p.grad, rtol=0, atol=1e-5 * scale, msg=key)
-
-
-def test_tokens_that_the_model_is_certain_of_count_in_the_length():
-    """Catches |y| counted by log-probabilities that are not 0, where certain tokens vanish."""
-    model = make_llama()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e4)
-    prompt, answer = [10, 20, 30], []
-    for _ in range(5):  # greedy, so each of these tokens has a probability of exactly 1
-        answer.append(model(torch.tensor([prompt + answer])).logits[0, -1].argmax().item())
-    pair = {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer[:2]}
-    batch = simpo.collate([pair])
-    assert simpo.ResponseLogps(model)(**batch).tolist() == [0.0, 0.0]
-    assert batch["scored"].sum(1).tolist() == [5, 2]
 
 
 @pytest.mark.parametrize("how", ["fp32", "bf16 weights", "--dtype bf16"])
@@ -653,30 +557,6 @@ def test_plain_texts_get_a_bos_only_from_a_tokenizer_that_adds_one(adds_bos):
     assert tokenizer.decode(pair["rejected_ids"]) == " no</s>"
     with_bos_in_the_text = tokenize(texts("<s>Q: why?\nA:", " so", " no"), tokenizer)
     assert tokenizer.decode(with_bos_in_the_text["prompt_ids"]) == "<s>Q: why?\nA:"
-
-
-def test_a_tokenizer_without_bos_gets_none():
-    """Catches None, or another token, in the place of a BOS that does not exist."""
-    tokenizer = make_tokenizer(template=None, bos=None, eos="<|endoftext|>")
-    pair = tokenize(texts("Q:", " yes", " no"), tokenizer)
-    assert pair["prompt_ids"] == tokenizer.encode("Q:")
-    assert None not in pair["prompt_ids"] + pair["chosen_ids"] + pair["rejected_ids"]
-
-
-def test_a_prompt_of_bytes_gets_no_end_of_sequence():
-    """Catches ByT5's habit: it ends each text, so the prompt too, with an end of sequence."""
-    pair = tokenize(texts("ab=", "ba", "ab"), transformers.ByT5Tokenizer(extra_ids=0))
-    assert pair["prompt_ids"] == [b + 3 for b in b"ab="]
-    assert pair["chosen_ids"] == [b + 3 for b in b"ba"] + [1]
-
-
-def test_an_answer_survives_a_tokenizer_that_merges_across_the_seam():
-    """Catches a first token of the answer that is lost in, or stolen from, the prompt's last."""
-    tokenizer = make_tokenizer(template=None, eos="</s>", merge=":Ġ")
-    assert len(tokenizer.encode("A: yes")) == 5  # ":" and " " do merge into one token
-    pair = tokenize(texts("Q: why?\nA:", " yes", "no"), tokenizer)
-    assert pair["prompt_ids"] == tokenizer.encode("Q: why?\nA:")  # as when the model is asked
-    assert tokenizer.decode(pair["chosen_ids"]) == " yes</s>"
 
 
 @every_style
@@ -729,19 +609,6 @@ def test_a_pair_that_teaches_nothing_is_dropped_with_its_reason(name):
     assert isinstance(reason, str) and word in reason
 
 
-@every_style
-def test_a_cut_answer_gets_no_end_of_turn(style):
-    """Catches a model taught to stop mid-sentence: an end of turn forged onto a cut answer."""
-    tokenizer = style.make()
-    (end,) = tokenizer.encode(style.end, add_special_tokens=False)
-    whole = tokenize(chat("Hi?", "abcdefghij", "no"), tokenizer)
-    assert not whole["cut"]
-    for kept in (1, 5, 10):  # at 10, only the end of turn itself has no room
-        cut = tokenize(chat("Hi?", "abcdefghij", "no"), tokenizer, len(whole["prompt_ids"]) + kept)
-        assert cut["chosen_ids"] == whole["chosen_ids"][:kept] and cut["cut"]
-        assert end not in cut["chosen_ids"]
-
-
 def test_no_row_is_longer_than_allowed_and_nothing_is_cut_that_fits():
     """Catches answers cut because the other one is long, or prompts that are cut at all."""
     tokenizer, rng, ends = make_tokenizer(template=None, eos="</s>"), random.Random(0), Counter()
@@ -758,89 +625,64 @@ def test_no_row_is_longer_than_allowed_and_nothing_is_cut_that_fits():
         lengths = [len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
         assert lengths == [p, min(c + 1, room), min(r + 1, room)]  # one token a letter, one EOS
         assert pair["cut"] == (max(c, r) + 1 > room)
+        assert (pair["chosen_ids"][-1] == tokenizer.eos_token_id) == (c + 1 <= room)  # never forged
         ends["cut" if pair["cut"] else "whole"] += 1
     assert min(ends[how] for how in ("dropped", "cut", "whole")) >= 20
 
 
-ODD = ["", " ", "\n", "\0", "\ufeff", "\u202e", "\u0301", "\r\n", "{{ 1 / 0 }}", "x" * 3000]
-ODD += [*SPECIALS, "\U0010ffff", "a plain word"]
-ODD_VALUES = [None, 5, 1.5, math.nan, True, [], {}, [None], [[]], {"role": "user"}, "", b"bytes"]
+class Rows(list):
+    """A list that load_pairs takes for a dataset: Arrow would refuse rows of mixed types."""
+
+    column_names = ("prompt", "chosen", "rejected")
 
 
-def odd_text(rng):
-    """Some of all planes of Unicode, of control characters, of words that mean something here."""
-    planes = [(0, 0x7F), (0x80, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x2FFFF)]
-    parts = [chr(rng.randint(*rng.choice(planes))) for _ in range(rng.randint(0, 6))]
-    parts += rng.choices(ODD, k=rng.randint(0, 3))
-    rng.shuffle(parts)
-    return "".join(parts)
-
-
-def odd_messages(rng, last=None):
-    roles = ["user", "assistant", "system", "tool", ""]
-    turns = rng.choice([0, 1, 1, 1, 2, 3, 9])
-    messages = [{"role": rng.choice(roles), "content": odd_text(rng)} for _ in range(turns)]
-    if messages and last:
-        messages[-1]["role"] = last
-    if messages and rng.random() < 0.1:
-        rng.choice(messages)[rng.choice(["role", "content", "name"])] = rng.choice(ODD_VALUES)
-    return messages
+ODD = ["", " ", "\n", "\0", "\ufeff", "\u202e", "\r\n", "{{ 1 / 0 }}", "x" * 3000, *SPECIALS]
+ODD_VALUES = [None, 5, math.nan, True, [], {}, [None], [[]], {"role": "user"}, "", b"bytes"]
+ROLES = ["user", "assistant", "assistant", "system", ""]
 
 
 def odd_row(rng):
-    kind = rng.choice(["texts", "messages", "messages", "whole", "any"])
-    if kind == "texts":
-        row = texts(*(odd_text(rng) for _ in range(3)))
-    elif kind == "messages":
-        row = chat("", odd_text(rng), odd_text(rng)) | {"prompt": odd_messages(rng)}
-    elif kind == "whole":
-        head = odd_messages(rng)
-        row = {side: head + odd_messages(rng, "assistant") for side in ("chosen", "rejected")}
-    else:
-        values = [*ODD_VALUES, odd_text(rng), odd_messages(rng)]
-        row = {name: rng.choice(values) for name in ("prompt", "chosen", "rejected")}
-    if rng.random() < 0.1:
-        row[rng.choice(["prompt", "chosen", "rejected"])] = rng.choice(ODD_VALUES)
+    """A row of odd texts, or of odd messages, and sometimes with something else in its place."""
+
+    def text():
+        letters = [chr(rng.choice([rng.randint(0, 0x7F), rng.randint(0xE000, 0x2FFFF)]))]
+        return "".join(rng.sample([*letters, *rng.choices(ODD, k=2), "word", "word"], k=2))
+
+    def messages():
+        return [{"role": rng.choice(ROLES), "content": text()} for _ in range(rng.randint(0, 3))]
+
+    head, end = messages(), {"role": "assistant"}
+    row = rng.choice([texts(text(), text(), text()), chat(text(), text(), text()), {
+        side: [*head, end | {"content": text()}] for side in ("chosen", "rejected")
+    }])  # fmt: skip
+    if rng.random() < 0.2:
+        row[rng.choice(["prompt", "chosen", "rejected"])] = rng.choice([*ODD_VALUES, messages()])
+    if rng.random() < 0.1 and isinstance(row["chosen"], list) and row["chosen"]:
+        row["chosen"][0] = rng.choice([*ODD_VALUES, {"role": "assistant", "content": 5}])
     return row
 
 
 @every_style
-def test_a_malformed_row_is_trained_on_or_dropped_or_refused(style, place, monkeypatch):
-    """Catches rows that are lost without a count, named wrongly, too long, or end in NaN: 1,000."""
-    rng, rows = (
-        random.Random(style.end),
-        [odd_row(random.Random(f"{style.end} {i}")) for i in range(200)],
-    )
-    tokenizer, kept, ends = style.make(), [], Counter()
-    for row in rows:
+def test_a_malformed_row_is_trained_on_or_dropped_or_refused_by_name(style, monkeypatch, capsys):
+    """Catches rows that are lost without a count, named wrongly or end in NaN: 5 times 200."""
+    tokenizer, ends, policy = style.make(), Counter(), simpo.ResponseLogps(make_llama())
+    args = simpo.parse_args(["--max_length", "300", "--max_prompt_length", "200"])
+    for i in range(200):
+        rows = Rows([GOOD, odd_row(random.Random(f"{style.end} {i}"))])
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, rows=rows, **__: rows)
         try:
-            pair = tokenize(row, tokenizer, 300, 200)
-        except Exception as error:
+            pairs = simpo.load_pairs("rows", "train", tokenizer, args)
+        except ValueError as error:
+            assert str(error).startswith("rows, row 2: ") and error.__cause__.__traceback__
             ends["refused"] += 1
-            args = simpo.parse_args(["--max_length", "300"])
-            table = FakeRows([GOOD, row])
-            monkeypatch.setattr(datasets, "load_dataset", lambda *_, table=table, **__: table)
-            with pytest.raises(ValueError, match="^rows, row 2: ") as refusal:
-                simpo.load_pairs("rows", "train", tokenizer, args)
-            assert type(refusal.value.__cause__) is type(error)  # the traceback is kept
             continue
-        ends["kept" if isinstance(pair, dict) else "dropped"] += 1
-        if isinstance(pair, dict):
-            lengths = [len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
-            assert min(lengths) >= 1 and lengths[0] <= 200 and lengths[0] + max(lengths[1:]) <= 300
-            kept.append(pair)
-    assert sum(ends.values()) == 200 and min(ends.values()) >= 15 and len(ends) == 3, ends
-    rng.shuffle(kept)
-    policy = simpo.ResponseLogps(make_llama())
-    with torch.no_grad():
-        for i in range(0, len(kept), 8):
-            assert torch.isfinite(policy(**simpo.collate(kept[i : i + 8]))).all()
-
-
-class FakeRows(list):
-    """A list that load_pairs takes for a dataset: Arrow would refuse rows of mixed types."""
-
-    column_names = ("prompt", "chosen", "rejected")
+        shown = capsys.readouterr().out
+        end = "kept" if "dropped: none" in shown else "dropped"
+        assert f"2 rows, {2 if end == 'kept' else 1} pairs" in shown
+        ends[end] += 1
+        with torch.no_grad():
+            assert torch.isfinite(policy(**simpo.collate([*pairs]))).all()
+    assert sum(ends.values()) == 200 and len(ends) == 3 and min(ends.values()) >= 10, ends
 
 
 def test_all_file_formats_give_the_same_pairs(place, tmp_path):
@@ -884,9 +726,8 @@ def test_default_flags_train_with_the_papers_objective(place, tmp_path, nine_ans
     flags = ["--eval_dataset", place / "seven.jsonl"]
     last, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
     before, after = evaluations_of(rows)
-    assert before == pytest.approx(
-        metrics_by_hand("simpo", slow_answers(make_llama(), SEVEN)), rel=1e-5
-    )
+    expected = metrics_by_hand("simpo", slow_answers(make_llama(), SEVEN))
+    assert before == pytest.approx(expected, rel=1e-5)
     assert {f"eval/{name}": x for name, x in after.items()} == last
     (step,) = steps_of(rows)  # 9 pairs are fewer than the 128 of a batch: one step
     expected = metrics_by_hand("simpo", nine_answers)
@@ -902,7 +743,6 @@ RUNS = {
     "dpo, beta 0.1": (["--beta", 0.1], {"beta": 0.1}),
     "ipo, tau 0.4": (["--tau", 0.4], {"tau": 0.4}),
     "orpo": ([], {}),
-    "sft": ([], {}),
 }
 
 
@@ -916,20 +756,6 @@ def test_a_run_trains_and_reports_its_own_objective(name, nine_answers, place, t
     if loss in REFERENCED:  # all rewards are 0, and which one is larger is a matter of rounding
         del expected["rewards/accuracies"]
     assert {key: step[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def test_chosen_and_rejected_are_not_swapped_in_the_metrics(place, tmp_path, nine_answers):
-    """Catches accuracies and margins with the wrong sign, which look like a broken model."""
-    order = [(w.s / w.n, l.s / l.n) for w, l in nine_answers]
-    likely = [
-        row if w > l else row | {"chosen": row["rejected"], "rejected": row["chosen"]}
-        for row, (w, l) in zip(NINE, order)
-    ]
-    data = write_jsonl(tmp_path / "likely.jsonl", likely)
-    _, (step,) = run(place / "llama", data, tmp_path / "out", *STILL)
-    assert step["rewards/accuracies"] == 1.0
-    assert step["rewards/margins"] == pytest.approx(2.5 * mean(abs(w - l) for w, l in order))
-    assert step["logps/chosen"] == pytest.approx(mean(max(o) for o in order))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -1004,19 +830,6 @@ def test_two_processes_train_exactly_what_one_does(flags, in_fours, place, tmp_p
     assert_same_training(in_fours, tmp_path / "two")
 
 
-def test_a_tied_head_is_saved_once_by_all_ways_of_running(place, tmp_path):
-    """Catches a head that, spread over processes, is no longer the embedding and saved twice."""
-    write_model(tmp_path / "tied", make_llama(tie_word_embeddings=True))
-    source = ["--model", tmp_path / "tied", "--dataset", place / "nine.jsonl", *FOURS]
-    run(tmp_path / "tied", place / "nine.jsonl", tmp_path / "one", *FOURS)
-    shown = tmp_path / "shown"
-    started = start(2, shown, *source, "--shard", "--output_dir", tmp_path / "two")
-    assert codes(started) == [0, 0], shown.read_text()[-3000:]
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-    names = load_file(tmp_path / "two" / "model.safetensors").keys()
-    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
-
-
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_passes_hold_every_pair_once_and_no_more_tokens_than_allowed(processes, monkeypatch):
     """Catches processes that wait for each other's pass, lost pairs, and memory without bound."""
@@ -1043,13 +856,9 @@ def test_passes_hold_every_pair_once_and_no_more_tokens_than_allowed(processes, 
 
 def test_a_smaller_last_batch_is_divided_by_its_own_number_of_pairs(place, tmp_path):
     """Catches leftovers that count for less, or leak into the next epoch."""
-    data = write_jsonl(tmp_path / "same.jsonl", [texts(f"Q{i}:", " a", " b") for i in range(3)])
-    model = make_llama()
-    with torch.no_grad():  # each prompt token is the same to the model, so all pairs are alike
-        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[0]
-    write_model(tmp_path / "model", model)
-    flags = ["--batch_size", 2, "--epochs", 2, "--warmup_ratio", 0, *STILL]
-    _, rows = run(tmp_path / "model", data, tmp_path / "out", *flags)
+    data = write_jsonl(tmp_path / "same.jsonl", NINE[:1] * 3)
+    flags = ["--batch_size", 2, "--epochs", 2, *STILL]
+    _, rows = run(place / "llama", data, tmp_path / "out", *flags)
     assert [row["epoch"] for row in rows] == [0.5, 1.0, 1.5, 2.0]
     assert [row["grad_norm"] for row in rows] == pytest.approx([rows[0]["grad_norm"]] * 4)
     assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 4)
@@ -1099,15 +908,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
         model.model.embed_tokens.weight[tokenizer.encode("~")] = math.nan
     write_model(tmp_path / "poisoned", model, tokenizer)
     data = write_jsonl(tmp_path / "data.jsonl", [*NINE[:4], chat("~", "a", "b"), *NINE[4:]])
-    flags = ["--batch_size", 1, "--lr", 1e-3]
-    _, rows = run(tmp_path / "poisoned", data, tmp_path / "out", *flags)
+    _, rows = run(tmp_path / "poisoned", data, tmp_path / "out", "--batch_size", 1, "--lr", 1e-3)
     assert len(rows) == 10 and sum(not math.isfinite(row["loss"]) for row in rows) == 1
-    assert (
-        len(
-            re.findall(r"step \d+ skipped: the norm of its gradient is nan", capfd.readouterr().out)
-        )
-        == 1
-    )
+    shown = capfd.readouterr().err
+    assert len(re.findall(r"step \d+ skipped: gradient norm nan", shown)) == 1
     weights = load_file(tmp_path / "out" / "model.safetensors")
     bad = {name: (~w.isfinite()).sum().item() for name, w in weights.items()}
     assert {name: n for name, n in bad.items() if n} == {"model.embed_tokens.weight": 32}
@@ -1128,16 +932,6 @@ def test_the_saved_model_is_the_trained_one_in_a_fresh_process(place, tmp_path):
     assert reloaded == pytest.approx({k[5:]: x for k, x in last.items()}, rel=1e-5, abs=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [3, 6]
-
-
-def test_the_record_of_the_run_has_every_setting(place, tmp_path):
-    """Catches a run that nobody can repeat, because a default went unrecorded."""
-    out = tmp_path / "out"
-    run(place / "llama", place / "nine.jsonl", out, "--lr", 2e-6, "--gamma", 0.5)
-    record = json.loads((out / "simpo_run.json").read_text())
-    expected = {"loss": "simpo", "lr": 2e-6, "seed": 0, "torch": torch.__version__}
-    expected["hyperparameters"] = HYPER["simpo"] | {"gamma": 0.5}
-    assert {name: record[name] for name in expected} == expected
 
 
 # ========================================================================= kills and resuming
@@ -1162,59 +956,29 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
-    kind, place, tmp_path, capsys
-):
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(kind, place, tmp_path):
     """Catches state that is not saved, or is saved in two places of which one is older. kill -9
-    ends all processes, or the last one and then, as torchrun does, the others."""
-    processes, flags = KINDS[kind]
+    ends all processes. And a head, tied to the embeddings, that is saved a second time."""
+    processes, flags = KINDS[kind][0], [*KINDS[kind][1], "--model", place / "tied"]
     expected, out, shown = tmp_path / "never_killed", tmp_path / "out", tmp_path / "shown"
+    command = long_run(place, out, *flags, "--resume")
     started = start(processes, shown, *long_run(place, expected, *flags))
     assert codes(started) == [0] * processes, shown.read_text()[-3000:]
     assert len(steps_of(read_metrics(expected))) == 24
-    rng, steps_at_kill = random.Random(kind), []
+    rng, metrics = random.Random(kind), out / "metrics.jsonl"
     for kill in range(KILLS):
-        least = 24 * (kill + 1) // (KILLS + 1)  # once before, and then after, some checkpoint
-        started = start(processes, shown, *long_run(place, out, *flags, "--resume"))
-        metrics = out / "metrics.jsonl"
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("grad_norm") >= least)
+        steps = 24 * (kill + 1) // (KILLS + 1)
+        started = start(processes, shown, *command)
+        wait_for(lambda steps=steps: metrics.exists() and metrics.read_text().count("lr") >= steps)
         time.sleep(rng.uniform(0, 0.02))
-        for process in rng.choice([started, [*reversed(started)]]):
+        for process in rng.choice([started, started[::-1]]):
             process.kill()
         codes(started)
         assert not (out / "config.json").exists(), "it had ended before it was killed"
-        steps_at_kill.append(metrics.read_text().count("grad_norm"))
-    assert (
-        codes(start(processes, shown, *long_run(place, out, *flags, "--resume"))) == [0] * processes
-    )
+    assert codes(start(processes, shown, *command)) == [0] * processes
     assert_same_bits(expected, out)
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-22"]
-    with capsys.disabled():
-        print(f" killed at steps {steps_at_kill}")
-
-
-def test_another_number_of_processes_goes_on(place, tmp_path):
-    """Catches checkpoints that only fit the number of processes that made them."""
-    out, flags, shown = tmp_path / "out", ["--beta", 0.05], tmp_path / "shown"  # less to round
-    simpo.main([str(x) for x in long_run(place, tmp_path / "whole", *flags)])
-    for processes in (1, 2, 1):
-        started = start(processes, shown, *long_run(place, out, *flags, "--resume"))
-        if processes == 1 and not out.exists():
-            wait_for(lambda: list(out.glob("checkpoint-*")))
-            started[0].kill()
-        elif processes == 2:
-            before = len(read_metrics(out))
-            wait_for(
-                lambda before=before: (
-                    len(list(out.glob("checkpoint-*")))
-                    and (out / "metrics.jsonl").read_text().count("\n") >= before + 6
-                )
-            )
-            for process in started:
-                process.kill()
-        ended = codes(started)
-    assert ended == [0], shown.read_text()[-3000:]
-    assert_same_training(tmp_path / "whole", out)
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["checkpoint-22"]
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
 
 
 def killed_run(place, out, *flags):
@@ -1225,59 +989,49 @@ def killed_run(place, out, *flags):
     process.join()
 
 
-def test_resuming_starts_goes_on_and_ends(place, tmp_path, mistake, capsys):
+def test_another_number_of_processes_goes_on(place, tmp_path):
+    """Catches checkpoints that only fit the number of processes that made them."""
+    out, flags, shown = tmp_path / "out", ["--beta", 0.05], tmp_path / "shown"  # less to round
+    simpo.main([str(x) for x in long_run(place, tmp_path / "whole", *flags)])
+    killed_run(place, out, *flags)
+    started = start(2, shown, *long_run(place, out, *flags, "--resume"))
+    assert codes(started) == [0, 0], shown.read_text()[-3000:]
+    assert_same_training(tmp_path / "whole", out)
+
+
+def test_resuming_starts_goes_on_and_ends(place, tmp_path, capsys):
     """Catches --resume that fails where nothing has begun, trains what has ended, or takes a run
     of other flags for its own; and a run that is overwritten without it."""
     out = tmp_path / "run"
     killed_run(place, out, "--resume")
-    assert "holds a run" in mistake(*long_run(place, out))
-    assert "other ['lr', 'hyperparameters']" in mistake(
-        *long_run(place, out, "--resume", "--lr", 1e-4, "--beta", 0.1)
-    )
+    assert "holds a run" in mistake(place, out, *long_run(place, out))
+    other = long_run(place, out, "--resume", "--lr", 1e-4, "--beta", 0.1)
+    assert "other ['lr', 'hyperparameters']" in mistake(place, out, *other)
     command = [str(x) for x in long_run(place, out, "--resume")]
     assert simpo.main(command).keys() > {"eval/loss"}
     written = (out / "model.safetensors").stat().st_mtime_ns
     assert simpo.main(command) == {} and "nothing left to do" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == written
-    assert "holds a run" in mistake("--output_dir", out)
+    assert "holds a run" in mistake(place, out)
 
 
 # ========================================================================= mistakes
-def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path, mistake):
-    """Catches tracebacks for a typo in a path or a column, and a model folder that is overwritten."""
-    assert "no file" in mistake("--dataset", tmp_path / "absent.jsonl")
+def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
+    """Catches tracebacks for a typo in a path or a column, and a model that is overwritten."""
+    out = tmp_path / "out"
+    assert "no file" in mistake(place, out, "--dataset", tmp_path / "absent.jsonl")
     better = write_jsonl(tmp_path / "columns.jsonl", [{"question": "Hi", "better": "a"}])
-    assert all(word in mistake("--dataset", better) for word in ("chosen", "rejected", "better"))
+    assert "'chosen' and 'rejected', but ['question'," in mistake(place, out, "--dataset", better)
     nothing = write_jsonl(tmp_path / "nothing.jsonl", [chat("x", "a", "a")])
-    assert "no pair" in mistake("--dataset", nothing)
-    assert "holds a run" in mistake("--output_dir", place / "llama")
-
-
-BAD_ROWS = {  # -> what the last line of the traceback must say, beside the file and row 2
-    "a number as content": GOOD | {"chosen": [{"role": "assistant", "content": 5}]},
-    "no content": GOOD | {"chosen": [{"role": "assistant"}]},
-    "an answer of the user": GOOD | {"chosen": [{"role": "user", "content": "a"}]},
-    "one text, one list": GOOD | {"chosen": "Hello"},
-    "no rejected answer": {"prompt": "Hi", "chosen": "a", "rejected": None},
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_is_named_and_keeps_its_traceback(name, monkeypatch):
-    """Catches messages that leave the user to search for the row."""
-    table = FakeRows([GOOD, BAD_ROWS[name], GOOD])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    with pytest.raises(ValueError, match="^data, row 2: .") as refusal:
-        simpo.load_pairs("data", "train", make_tokenizer(), simpo.parse_args([]))
-    assert refusal.value.__cause__.__traceback__ is not None
+    assert "no pair" in mistake(place, out, "--dataset", nothing)
+    assert "holds a run" in mistake(place, place / "llama")
 
 
 BAD_FLAGS = {  # flags -> what argparse must say
     "--lr fast": ["--lr", "fast"],
     "--loss sipmo": ["sipmo", "simpo", "dpo"],
     "--dtype fp16": ["fp16", "bf16"],
-    "--lerning_rate 1e-6": ["--lerning_rate"],
-    "--batch 8": ["--batch"],  # no abbreviations: tomorrow's flag may begin with the same letters
+    "--batch 8": ["--batch"],  # no abbreviations
     "--tau 0.1": ["tau", "simpo", "gamma"],
     "--gamma 1 --loss orpo": ["gamma", "orpo", "lam"],
     "--no_length_norm --loss dpo": ["no_length_norm", "dpo"],
@@ -1293,19 +1047,6 @@ def test_a_bad_flag_is_named(flags, capsys):
     shown = capsys.readouterr().err
     assert end.value.code == 2 and shown.count("\n") == 2  # how it is used, and what is wrong
     assert [word for word in BAD_FLAGS[flags] if word not in shown] == []
-
-
-def test_help_names_every_flag_with_its_default_and_its_readers(capsys):
-    """Catches flags without help, and a --beta of which nobody knows whose default it has."""
-    with pytest.raises(SystemExit):
-        simpo.parse_args(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for name, hyper in HYPER.items():
-        for flag, default in hyper.items():
-            flag = {"lam": "lambda"}.get(flag, flag)  # a word of Python's own
-            entry = shown.split(f" --{flag} ")[-1].split(" --")[0]
-            assert re.search(rf"\b{name} {default}\b", entry), (name, flag, entry)
-    assert "slow at bf16" in shown and "(1e-06)" in shown
 
 
 # ========================================================================= the house
@@ -1329,7 +1070,8 @@ def test_every_command_of_the_readme_is_understood(command):
 
 def test_the_readmes_ratios_are_gamma_over_beta_of_its_commands():
     """Catches a table for users of the official code whose numbers are not those of the recipes."""
-    rows = re.findall(r"^\| ([\w.0-9 -]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    row = r"^\| ([\w.0-9 -]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
+    rows = re.findall(row, README, re.MULTILINE)
     recipes = Counter(re.findall(r"--beta ([\d.]+) --gamma ([\d.]+) --lr", README))
     assert len(rows) == 6
     for name, beta, gamma, ratio in rows:
@@ -1340,26 +1082,17 @@ def test_the_readmes_ratios_are_gamma_over_beta_of_its_commands():
 def test_the_house_keeps_its_caps():
     """Catches growth: a cap is kept by leaving out, never by packing or by loosening the cap."""
     source = SCRIPT.read_text(encoding="utf-8")
-    lines, tree = source.splitlines(), ast.parse(source)
+    lines, tree, documented = source.splitlines(), ast.parse(source), set()
     assert len(lines) <= 600 and max(map(len, lines)) <= 100
     assert len(Path(__file__).read_text(encoding="utf-8").splitlines()) <= 1100
-    documented = set()
     for token in python_tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == python_tokenize.COMMENT:
             documented.add(token.start[0])
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            length = node.end_lineno - node.lineno + 1
             cap = 60 if node.name in ("train", "main", "parse_args") else 40
-            assert length <= cap, node.name
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node
-        ):
+            assert node.end_lineno - node.lineno < cap, node.name
+        documentable = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documentable and ast.get_docstring(node):
             documented |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
     assert 0.17 <= len(documented) / len(lines) <= 0.28
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=HOUSE, capture_output=True, text=True, check=False
-    )
-    top = {name.split("/")[0] for name in tracked.stdout.split()}
-    assert top <= {"simpo.py", "README.md", "requirements.txt", "test_simpo.py", "notebooks",
-                   "LICENSE", ".gitignore", ".ci"}  # fmt: skip
