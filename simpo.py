@@ -17,7 +17,7 @@ faster. A little is normal. If it falls far, lower --lr first, then raise --beta
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
 is the paper's; their gamma_beta_ratio is gamma / beta. (3) What is scored begins after the header
 of the answer and ends with one end of turn. (4) Answers may be cut, prompts not: pairs with a long
-prompt, or an empty answer (0/0), are dropped. (5) Metrics cover all pairs of all processes.
+prompt, or an empty answer, are dropped. (5) Metrics cover all pairs of all processes.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 # Objectives: functions of the chosen answers w and the rejected answers l of B pairs that return
 # losses, chosen rewards and rejected rewards, [B]. After the * stand hyperparameters with defaults.
-# A new one goes into OBJECTIVES, and NEEDS_REFERENCE if it reads ref or ratio; flags: parse_args.
+# A new one: into OBJECTIVES; NEEDS_REFERENCE if it reads ref or ratio; new flags into parse_args.
 # sum: log pi(y|x)   avg: sum / |y|   ref: the reference's sum   ratio: sum - ref   length: |y|
 Answers = namedtuple("Answers", "sum avg ref ratio length")  # each [B]
 
@@ -104,7 +104,7 @@ NEEDS_REFERENCE = {"dpo", "ipo"}
 
 # ------------------------------------------------------------------------------ log-likelihood
 class ResponseLogps(nn.Module):
-    """Scores answers with a causal language model. The one module that DDP or FSDP2 wraps."""
+    """Scores answers with a causal language model. DDP or FSDP2 wraps it, not the model alone."""
 
     def __init__(self, model, chunk=1024):
         super().__init__()
@@ -134,7 +134,7 @@ class ResponseLogps(nn.Module):
 # ------------------------------------------------------------------------------ data
 def split_row(row):
     """A row in a format of the README -> prompt, chosen, rejected: three texts; or three lists of
-    messages, the prompt and two conversations that begin with it. Raises an error otherwise."""
+    messages: chosen without its answer, and both whole conversations. Raises an error otherwise."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         return prompt, chosen, rejected
@@ -144,6 +144,8 @@ def split_row(row):
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         chosen = turns + chosen
         rejected = turns + rejected
+    elif isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
+        raise ValueError("the conversations do not begin with 'prompt'")
     if not all(isinstance(message["content"], str) for message in chosen + rejected):
         raise ValueError("the content of a message is no text")
     if not all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected)):
@@ -152,7 +154,7 @@ def split_row(row):
 
 
 def encode(prompt, chosen, rejected, tokenizer):
-    """Token ids of the three, with one end of turn. A chat template may raise a TemplateError."""
+    """Ids of the prompt, and of each answer with one end of turn. May raise a TemplateError."""
     eos, template = tokenizer.eos_token_id, tokenizer.apply_chat_template
     if isinstance(prompt, str):  # texts are encoded apart, with a BOS if the tokenizer adds one
         texts = (prompt, chosen, rejected)
@@ -217,8 +219,8 @@ def load_pairs(source, split, tokenizer, args):
 
     path = Path(source).absolute()
     local = path.suffix in (".jsonl", ".json", ".parquet", ".csv")
-    if local and not path.is_file():
-        sys.exit(f"simpo.py: there is no file {path}")
+    if local and (not path.is_file() or set("*?[]") & set(str(path))):
+        sys.exit(f"simpo.py: there is no file {path}, or there is one of *?[] in its path")
     where = {"path": str(path.parent), "data_files": path.name} if local else {"path": source}
     rows = datasets.load_dataset(split=split, **where)
     # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
@@ -257,7 +259,7 @@ def parse_args(argv):
         parser.add_argument(flag, default=argparse.SUPPRESS if own else default, help=text, **more)
 
     add("--model", str, None, "hub id or folder of the model to train")
-    add("--dataset", str, None, "pairs: hub id, or .jsonl, .json, .parquet or .csv file")
+    add("--dataset", str, None, "pairs: hub id, folder, or .jsonl, .json, .parquet or .csv file")
     add("--eval_dataset", str, None, "held-out pairs; unset: --eval_split of --dataset")
     add("--train_split", str, "train", "of --dataset; slices like train[:1000] work, too")
     add("--eval_split", str, None, "of the held-out pairs; unset: train of --eval_dataset")
@@ -280,8 +282,7 @@ def parse_args(argv):
     add("--gradient_checkpointing", bool, False, "keep fewer activations, compute them twice")
     add("--shard", bool, False, "spread the model over the GPUs, for one too big for each")
     add("--seed", int, 0, "of the order of pairs, and of the demo")
-    dtype = "bf16" if ON_GPU else "fp32"
-    add("--dtype", str, dtype, "of products; many CPUs are slow at bf16", choices=["bf16", "fp32"])
+    add("--dtype", str, "bf16" if ON_GPU else "fp32", "of products; old CPUs: fp32", choices=DTYPES)
     add("--output_dir", str, "simpo_output", "folder for the model, metrics and checkpoints")
     add("--save_every", int, 100, "steps between checkpoints, 0: none")
     add("--resume", bool, False, "go on from the last checkpoint; repeat the other flags")
@@ -294,8 +295,8 @@ def parse_args(argv):
     args.max_prompt_length = args.max_prompt_length or args.max_length * 1800 // 2048
     given = {x: vars(args).pop(x) for own in hyperparameters.values() for x in own if x in args}
     args.hyperparameters = hyperparameters[args.loss] | given
-    if args.hyperparameters.keys() != hyperparameters[args.loss].keys():
-        parser.error(f"--loss {args.loss} reads {[*hyperparameters[args.loss]]}, not {[*given]}")
+    if unread := [x for x in given if x not in hyperparameters[args.loss]]:
+        parser.error(f"--loss {args.loss} reads {[*hyperparameters[args.loss]]}, not {unread}")
     return args
 
 
@@ -305,6 +306,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if ON_GPU else torch.device("cpu")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_model(args):
@@ -314,19 +316,18 @@ def load_model(args):
     model.eval()  # no dropout, in training too: policy and reference have to agree
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():  # it asks for .training in layers; dropout is inside them
+        for module in model.modules():  # it asks for .training in layers, dropout mostly deeper
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
-    ids = torch.tensor([[0, 1]])  # is it as the model itself would score, or does it scale logits?
+    ids = torch.tensor([[0, 1]])  # a model that scales its logits would be scored wrongly: refuse
     if not torch.allclose(-ResponseLogps(model)(ids, ids == 1), model(ids, labels=ids).loss):
-        sys.exit(f"simpo.py: {type(model).__name__} has logits that token_logps does not know")
+        sys.exit(f"simpo.py: {type(model).__name__} scales logits, or drops out, in its own way")
     return model
 
 
 def wrap(policy, args):
     """Move a policy to its device: whole, whole on each for DDP, or spread for FSDP2 (--shard)."""
     if args.shard:
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        precision = MixedPrecisionPolicy(param_dtype=DTYPES[args.dtype], reduce_dtype=torch.float32)
         for module in policy.modules():
             if isinstance(module, transformers.GradientCheckpointingLayer):
                 fully_shard(module, mp_policy=precision)
@@ -356,9 +357,9 @@ def save_model(policy, model, tokenizer, out):
 
 def find_checkpoint(out, args):
     """-> the checkpoint to --resume from. If there is none, the first process claims the folder."""
-    flags, record = vars(args), out / "simpo_run.json"
+    flags, record = vars(args) | {"output_dir": out.name}, out / "simpo_run.json"
     free = {"resume", "shard", "gradient_checkpointing", "micro_batch_tokens", "save_every"}
-    found = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    found = sorted(out.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))
     if args.resume and found:
         then = json.loads(record.read_text())
         other = [x for x in flags if x not in free and flags[x] != then.get(x)]
@@ -382,7 +383,7 @@ def save_checkpoint(policy, optimizer, step, out):
     dcp.save(state, checkpoint_id=out / "new", no_dist=not dist.is_initialized())
     if RANK == 0:
         shutil.copy(out / "metrics.jsonl", out / "new")
-        older = list(out.glob("checkpoint-*"))
+        older = list(out.glob("checkpoint-[0-9]*"))
         (out / "new").rename(out / f"checkpoint-{step}")
         for folder in older:
             shutil.rmtree(folder)
@@ -403,7 +404,7 @@ def load_checkpoint(folder, policy, optimizer):
 def micro_batches(pairs, most_tokens):
     """Cut pairs into passes of (places in pairs, weights), as many for each process. The longest
     come first, so that little is padding. A pass has most_tokens at most, padding counted, or one
-    pair. Where the last pairs do not go round, a process gets another's, with weight 0."""
+    pair. If too few pairs are left for all, a process repeats another's, with weight 0."""
     rows = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     order = sorted(range(len(rows)), key=lambda i: -rows[i])
     passes, longest = [], 0
@@ -443,9 +444,8 @@ def score(policy, pairs, args):
 
 
 def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
-    """Train in place, from step done + 1 to the last of `steps`. In the warm-up the rate rises from
-    0, so its first step changes nothing; then a cosine. Others: transformers.get_scheduler."""
-    make_schedule = transformers.get_cosine_schedule_with_warmup
+    """Train in place from step done + 1 on. Warm-up begins at lr 0: its first step does nothing."""
+    make_schedule = transformers.get_cosine_schedule_with_warmup  # others: get_scheduler
     schedule = make_schedule(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK > 0)
@@ -474,19 +474,19 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
         if math.isfinite(norm):
             optimizer.step()
         else:
-            bar.write(f"step {step} skipped: gradient norm {norm}", file=sys.stderr)
+            print(f"step {step} skipped: gradient norm {norm}")
         optimizer.zero_grad()
         schedule.step()
         # Log.
         if WORLD_SIZE > 1:
             dist.all_reduce(totals)
+        means = dict(zip(metrics, (totals / len(batch)).tolist()))
         seconds = time.perf_counter() - started
         tokens = [len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch]
         peak = getrusage(RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
         if ON_GPU:
             peak = torch.cuda.max_memory_allocated()
-        row = {"step": step, "epoch": step / per_epoch, "grad_norm": norm, "lr": lr}
-        row |= zip(metrics, (totals / len(batch)).tolist())
+        row = {"step": step, "epoch": step / per_epoch, **means, "grad_norm": norm, "lr": lr}
         row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
         row |= {"tokens_per_second": sum(tokens) / seconds, "peak_memory_gib": peak / 2**30}
         print(json.dumps(row), file=metrics_file, flush=True)
@@ -542,10 +542,10 @@ def main(argv=None):
     """Train as the command line says -> the metrics of the last evaluation."""
     args = parse_args(argv)
     out, demo = Path(args.output_dir), args.model is None
+    sys.stdout = sys.stdout if RANK == 0 else None  # the first process speaks for all
     if args.resume and (out / "config.json").exists():
         print(f"{out} holds the trained model: there is nothing left to do")
         return {}
-    sys.stdout = sys.stdout if RANK == 0 else None  # the first process speaks for all
     transformers.logging.set_verbosity_error()
     if ON_GPU:
         torch.cuda.set_device(DEVICE)
@@ -563,12 +563,12 @@ def main(argv=None):
         model = load_model(args)
     chunk = (2**27 if ON_GPU else 2**23) // model.config.vocab_size
     policy = wrap(ResponseLogps(model, max(1, chunk)), args)
-    groups = [{"params": list(policy.parameters()), "initial_lr": args.lr}]  # for a late start
+    groups = [{"params": list(policy.parameters()), "initial_lr": args.lr}]  # resuming needs it
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
     print(f"{args.loss} {args.hyperparameters}: {steps} steps of {args.batch_size} pairs")
     references = [torch.full((2, len(x)), math.nan, device=DEVICE) for x in (pairs, held_out)]
-    if args.loss in NEEDS_REFERENCE:  # the policy as it is now, scored once; else NaN, to be seen
+    if args.loss in NEEDS_REFERENCE:  # the starting policy, scored once; unused, they stay NaN
         references = [score(policy, x, args) for x in (pairs, held_out)]
     ref_logps, held_out_ref_logps = references
     step = load_checkpoint(folder, policy, optimizer) if folder else 0

@@ -910,7 +910,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
     data = write_jsonl(tmp_path / "data.jsonl", [*NINE[:4], chat("~", "a", "b"), *NINE[4:]])
     _, rows = run(tmp_path / "poisoned", data, tmp_path / "out", "--batch_size", 1, "--lr", 1e-3)
     assert len(rows) == 10 and sum(not math.isfinite(row["loss"]) for row in rows) == 1
-    shown = capfd.readouterr().err
+    shown = capfd.readouterr().out
     assert len(re.findall(r"step \d+ skipped: gradient norm nan", shown)) == 1
     weights = load_file(tmp_path / "out" / "model.safetensors")
     bad = {name: (~w.isfinite()).sum().item() for name, w in weights.items()}
