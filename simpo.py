@@ -135,7 +135,7 @@ class ResponseLogps(nn.Module):
 def split_row(row):
     """A row in a format of the README -> prompt, chosen, rejected: three texts; or three lists of
     messages: chosen without its answer, and both whole conversations. Raises an error otherwise."""
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    prompt, chosen, rejected = (row.get(column) for column in ("prompt", "chosen", "rejected"))
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
@@ -155,7 +155,7 @@ def split_row(row):
 
 def encode(prompt, chosen, rejected, tokenizer):
     """Ids of the prompt, and of each answer with one end of turn. May raise a TemplateError."""
-    eos, template = tokenizer.eos_token_id, tokenizer.apply_chat_template
+    eos = tokenizer.eos_token_id
     if isinstance(prompt, str):  # texts are encoded apart, with a BOS if the tokenizer adds one
         texts = (prompt, chosen, rejected)
         prompt_ids, *answers = [tokenizer.encode(x, add_special_tokens=False) for x in texts]
@@ -163,6 +163,7 @@ def encode(prompt, chosen, rejected, tokenizer):
         if start == [tokenizer.bos_token_id] and start != prompt_ids[:1]:
             prompt_ids = start + prompt_ids
         return prompt_ids, *[ids if ids[-1:] == [eos] else ids + [eos] for ids in answers]
+    template = tokenizer.apply_chat_template
     prompt_ids = template(prompt, add_generation_prompt=True, return_dict=False)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {eos}
     answers = []
@@ -226,16 +227,14 @@ def load_pairs(source, split, tokenizer, args):
     # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
     if not {"chosen", "rejected"} <= set(rows.column_names):
         sys.exit(f"simpo.py: {source} has no 'chosen' and 'rejected', but {rows.column_names}")
-    pairs, dropped = [], Counter()
+    results = []  # pairs, or reasons why there is none
     for number, row in enumerate(tqdm(rows, "tokenizing", leave=False, disable=RANK > 0), 1):
         try:
-            pair = tokenize_pair(row, tokenizer, args.max_length, args.max_prompt_length)
+            results.append(tokenize_pair(row, tokenizer, args.max_length, args.max_prompt_length))
         except Exception as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
-        if isinstance(pair, str):
-            dropped[pair] += 1
-        else:
-            pairs.append(pair)
+    pairs = [result for result in results if isinstance(result, dict)]
+    dropped = Counter(result for result in results if isinstance(result, str))
     print(f"{source}: {len(rows)} rows, {len(pairs)} pairs; dropped: {dict(dropped) or 'none'}")
     print(f"    {sum(pair['cut'] for pair in pairs)} pairs cut to --max_length {args.max_length}")
     return datasets.Dataset.from_list(pairs) if pairs else sys.exit("simpo.py: no pair is left")
@@ -278,7 +277,7 @@ def parse_args(argv):
     add("--max_steps", int, None, "optimizer steps; unset: as --epochs says")
     add("--warmup_ratio", float, 0.1, "share of the steps in which the learning rate rises")
     add("--weight_decay", float, 0.0, "AdamW's")
-    add("--max_grad_norm", float, 1.0, "gradients are clipped to this norm")
+    add("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; 0: never")
     add("--gradient_checkpointing", bool, False, "keep fewer activations, compute them twice")
     add("--shard", bool, False, "spread the model over the GPUs, for one too big for each")
     add("--seed", int, 0, "of the order of pairs, and of the demo")
@@ -357,11 +356,11 @@ def save_model(policy, model, tokenizer, out):
 
 def find_checkpoint(out, args):
     """-> the checkpoint to --resume from. If there is none, the first process claims the folder."""
-    flags, record = vars(args) | {"output_dir": out.name}, out / "simpo_run.json"
+    flags = vars(args) | {"output_dir": out.name}
     free = {"resume", "shard", "gradient_checkpointing", "micro_batch_tokens", "save_every"}
     found = sorted(out.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))
     if args.resume and found:
-        then = json.loads(record.read_text())
+        then = json.loads((out / "simpo_run.json").read_text())
         other = [x for x in flags if x not in free and flags[x] != then.get(x)]
         return found[-1] if not other else sys.exit(f"simpo.py: the run in {out} had other {other}")
     if RANK == 0:
@@ -373,7 +372,7 @@ def find_checkpoint(out, args):
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.jsonl").unlink(missing_ok=True)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        record.write_text(json.dumps(flags | versions, indent=2))
+        (out / "simpo_run.json").write_text(json.dumps(flags | versions, indent=2))
 
 
 def save_checkpoint(policy, optimizer, step, out):
@@ -407,7 +406,8 @@ def micro_batches(pairs, most_tokens):
     pair. If too few pairs are left for all, a process repeats another's, with weight 0."""
     rows = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     order = sorted(range(len(rows)), key=lambda i: -rows[i])
-    passes, longest = [], 0
+    passes = []
+    longest = 0  # of the rows of the last pass
     for start in range(0, len(order), WORLD_SIZE):
         hand = order[start : start + WORLD_SIZE]  # one pair for each process
         if not passes or 2 * longest * (len(passes[-1]) + 1) > most_tokens:
@@ -450,13 +450,14 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK > 0)
     for step in bar:
-        started, lr = time.perf_counter(), schedule.get_last_lr()[0]
+        started = time.perf_counter()
         # Draw pairs. Each epoch has an order of its own, which follows from the seed.
         epoch, place = divmod(step - 1, per_epoch)
         shuffle = torch.Generator().manual_seed(args.seed + epoch)
         drawn = torch.randperm(len(pairs), generator=shuffle).split(args.batch_size)[place]
         batch = [pairs[i] for i in drawn.tolist()]
-        totals, passes = 0, micro_batches(batch, args.micro_batch_tokens)
+        passes = micro_batches(batch, args.micro_batch_tokens)
+        totals = 0
         for number, (places, weights) in enumerate(passes, 1):
             # Forward: log pi(y|x) of both answers of each pair, [2, B].
             policy.require_backward_grad_sync = number == len(passes)  # DDP: once a step
@@ -469,28 +470,28 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
             (loss * WORLD_SIZE).backward()
             totals += torch.stack([(weights * x.detach()).double().sum() for x in metrics.values()])
         # Clip and step. A gradient that is not finite would make every weight NaN.
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
         norm = (norm.full_tensor() if args.shard else norm).item()
         if math.isfinite(norm):
             optimizer.step()
         else:
             print(f"step {step} skipped: gradient norm {norm}")
         optimizer.zero_grad()
-        schedule.step()
         # Log.
         if WORLD_SIZE > 1:
             dist.all_reduce(totals)
         means = dict(zip(metrics, (totals / len(batch)).tolist()))
         seconds = time.perf_counter() - started
-        tokens = [len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch]
+        tokens = sum(len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch)
         peak = getrusage(RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
         if ON_GPU:
             peak = torch.cuda.max_memory_allocated()
-        row = {"step": step, "epoch": step / per_epoch, **means, "grad_norm": norm, "lr": lr}
-        row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
-        row |= {"tokens_per_second": sum(tokens) / seconds, "peak_memory_gib": peak / 2**30}
+        row = {"step": step, "epoch": step / per_epoch, **means, "peak_memory_gib": peak / 2**30}
+        row |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0], "step_seconds": seconds}
+        row |= {"pairs_per_second": len(batch) / seconds, "tokens_per_second": tokens / seconds}
         print(json.dumps(row), file=metrics_file, flush=True)
-        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], lr=lr)
+        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], lr=row["lr"])
+        schedule.step()
         if args.save_every and step % args.save_every == 0 and step < steps:
             save_checkpoint(policy, optimizer, step, Path(args.output_dir))
 
@@ -510,7 +511,7 @@ def make_demo(seed):
         rejected = up[::-1] + "!" * int(1 + rng.expovariate(1 / 2))
         row = {"prompt": word + "=", "chosen": chosen, "rejected": rejected}
         pairs[word] = tokenize_pair(row, tokenizer, max_length=64, max_prompt_length=32)
-    pairs, held_out = list(pairs.values())[200:], list(pairs.values())[:200]
+    pairs = list(pairs.values())
     shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 1}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, pad_token_id=0))
@@ -518,12 +519,12 @@ def make_demo(seed):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=500)
     for _ in tqdm(range(500), "fitting the demo's model", leave=False, disable=RANK > 0):
-        batch = collate(rng.sample(pairs, 32))
+        batch = collate(rng.sample(pairs[200:], 32))
         (-policy(**batch) / batch["scored"].sum(1)).mean().backward()  # sft, on both answers alike
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return tokenizer, model, pairs, held_out
+    return tokenizer, model, pairs[200:], pairs[:200]
 
 
 def judge(model, tokenizer, pairs):
@@ -533,7 +534,8 @@ def judge(model, tokenizer, pairs):
     ids = model.generate(prompts, do_sample=True, max_new_tokens=48)
     texts = [text.split("</s>")[0] for text in tokenizer.batch_decode(ids)]
     wins = [text[5:].rstrip("!") == "".join(sorted(text[:4])) for text in texts]
-    win_rate, length = sum(wins) / len(wins), sum(map(len, texts)) / len(texts) - 5
+    win_rate = sum(wins) / len(wins)
+    length = sum(map(len, texts)) / len(texts) - len("dbca=")
     print(f"    win rate {win_rate:.3f}, {length:.2f} letters, such as", *texts[:3])
     return {"eval/win_rate": win_rate, "eval/answer_length": length}
 
@@ -541,7 +543,7 @@ def judge(model, tokenizer, pairs):
 def main(argv=None):
     """Train as the command line says -> the metrics of the last evaluation."""
     args = parse_args(argv)
-    out, demo = Path(args.output_dir), args.model is None
+    out = Path(args.output_dir)
     sys.stdout = sys.stdout if RANK == 0 else None  # the first process speaks for all
     if args.resume and (out / "config.json").exists():
         print(f"{out} holds the trained model: there is nothing left to do")
@@ -552,14 +554,14 @@ def main(argv=None):
     if "RANK" in os.environ:
         dist.init_process_group()
     folder = find_checkpoint(out, args)
-    if demo:
+    if args.model is None:
         tokenizer, model, pairs, held_out = make_demo(args.seed)
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        pairs, held_out = load_pairs(args.dataset, args.train_split, tokenizer, args), []
-        if args.eval_dataset or args.eval_split:
-            source, split = args.eval_dataset or args.dataset, args.eval_split or "train"
-            held_out = load_pairs(source, split, tokenizer, args)
+        pairs = load_pairs(args.dataset, args.train_split, tokenizer, args)
+        source = args.eval_dataset or args.dataset
+        split = args.eval_split or (args.eval_dataset and "train")
+        held_out = load_pairs(source, split, tokenizer, args) if split else []
         model = load_model(args)
     chunk = (2**27 if ON_GPU else 2**23) // model.config.vocab_size
     policy = wrap(ResponseLogps(model, max(1, chunk)), args)
@@ -574,21 +576,19 @@ def main(argv=None):
     step = load_checkpoint(folder, policy, optimizer) if folder else 0
 
     def evaluate(step):
-        if len(held_out) == 0:
-            return {}
         metrics = apply_objective(score(policy, held_out, args), held_out, held_out_ref_logps, args)
         row = {f"eval/{name}": x.double().mean().item() for name, x in metrics.items()}
         print(f"step {step}: held-out accuracy {row['eval/rewards/accuracies']:.3f}")
-        if demo and not args.shard:  # generate does not work with --shard
+        if args.model is None and not args.shard:  # generate does not work with --shard
             row |= judge(model, tokenizer, held_out)
         print(json.dumps({"step": step} | row), file=metrics_file, flush=True)
         return row
 
     with open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a") as metrics_file:
-        if step == 0:
+        if step == 0 and len(held_out) > 0:
             evaluate(0)
         train(policy, optimizer, pairs, ref_logps, args, step, steps, metrics_file)
-        metrics = evaluate(steps)
+        metrics = evaluate(steps) if len(held_out) > 0 else {}
     save_model(policy, model, tokenizer, out)
     print(f"saved: AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
     if dist.is_initialized():
