@@ -162,7 +162,8 @@ def encode(prompt, chosen, rejected, tokenizer):
         start = tokenizer.encode("a")[:1]
         if start == [tokenizer.bos_token_id] and start != prompt_ids[:1]:
             prompt_ids = start + prompt_ids
-        return prompt_ids, *[ids if ids[-1:] == [eos] else ids + [eos] for ids in answers]
+        answers = [ids if ids[-1:] == [eos] else ids + [eos] for ids in answers]
+        return prompt_ids, *answers
     template = tokenizer.apply_chat_template
     prompt_ids = template(prompt, add_generation_prompt=True, return_dict=False)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {eos}
@@ -378,8 +379,7 @@ def find_checkpoint(out, args):
 def save_checkpoint(policy, optimizer, step, out):
     """Write checkpoint-STEP, all processes together. It gets its name when it is whole."""
     weights, moments = dcp_state.get_state_dict(policy, optimizer)
-    state = {"weights": weights, "moments": moments}
-    dcp.save(state, checkpoint_id=out / "new", no_dist=not dist.is_initialized())
+    dcp.save({"weights": weights, "moments": moments}, checkpoint_id=out / "new")
     if RANK == 0:
         shutil.copy(out / "metrics.jsonl", out / "new")
         older = list(out.glob("checkpoint-[0-9]*"))
@@ -392,7 +392,7 @@ def load_checkpoint(folder, policy, optimizer):
     """Fill in policy and optimizer, and take metrics.jsonl back to their step -> that step."""
     weights, moments = dcp_state.get_state_dict(policy, optimizer)
     state = {"weights": weights, "moments": moments}
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.load(state, checkpoint_id=folder)  # in place
     dcp_state.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
     if RANK == 0:
         shutil.copy(folder / "metrics.jsonl", folder.parent)
