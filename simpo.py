@@ -280,7 +280,7 @@ def parse_args(argv):
     add("--weight_decay", float, 0.0, "AdamW's")
     add("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; 0: never")
     add("--gradient_checkpointing", bool, False, "keep fewer activations, compute them twice")
-    add("--shard", bool, False, "spread the model over the GPUs, for one too big for each")
+    add("--shard", bool, False, "spread a model too big for one GPU over those of torchrun")
     add("--seed", int, 0, "of the order of pairs, and of the demo")
     add("--dtype", str, "bf16" if ON_GPU else "fp32", "of products; old CPUs: fp32", choices=DTYPES)
     add("--output_dir", str, "simpo_output", "folder for the model, metrics and checkpoints")

@@ -581,6 +581,9 @@ def test_whole_conversations_are_read_as_the_prompt_and_two_answers():
     assert tokenize(whole | {"prompt": "an id, or the first words"}, tokenizer) == expected
     assert tokenize(whole | {"prompt": row["prompt"]}, tokenizer) == expected
     assert tokenize(row | {"prompt": "Hi?"}, tokenizer) == expected  # a question as a string
+    examples = [json.loads(example) for example in re.findall("`({.*})`", README)]
+    messages, whole, plain = (tokenize(example, tokenizer) for example in examples)
+    assert messages == whole and messages["chosen_ids"][0] == plain["chosen_ids"][1]  # a "4"
 
 
 GOOD = chat("Hi?", "Hello", "Go")
@@ -689,10 +692,8 @@ def test_all_file_formats_give_the_same_pairs(place, tmp_path):
     """Catches a format whose rows are read in another way, or lose their line breaks."""
     args, tokenizer = simpo.parse_args([]), make_tokenizer()
     for rows, kinds in ((PLAIN, "jsonl json parquet csv"), (NINE, "jsonl json parquet")):
-        table, expected = (
-            datasets.Dataset.from_list(rows),
-            [tokenize(row, tokenizer) for row in rows],
-        )
+        table = datasets.Dataset.from_list(rows)
+        expected = [tokenize(row, tokenizer) for row in rows]
         for kind in kinds.split():
             path = tmp_path / f"{len(rows)}.{kind}"
             if kind == "jsonl":
@@ -784,15 +785,16 @@ def test_every_objective_lowers_its_own_loss(name, place, tmp_path):
     assert losses[-1] < losses[0] - 1e-3
 
 
-def test_an_objective_of_ones_own_trains_like_the_others(place, tmp_path, monkeypatch):
-    """Catches a table that is copied on import: a notebook adds to it afterwards."""
-
-    def hinge(w, l, *, beta=2.0):
-        return torch.relu(1 - beta * (w.avg - l.avg)), beta * w.avg, beta * l.avg
-
-    monkeypatch.setitem(simpo.OBJECTIVES, "hinge", hinge)
-    flags = ["--loss", "hinge", "--beta", 3, *STILL]
-    _, (step,) = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, monkeypatch):
+    """Catches a table that is copied on import, and an example that nobody has run."""
+    (example,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    main, flags = simpo.main, ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
+    flags = [str(word) for word in [*flags, *STILL, "--output_dir", tmp_path / "out"]]
+    monkeypatch.setattr(simpo, "OBJECTIVES", dict(simpo.OBJECTIVES))  # forgets it afterwards
+    monkeypatch.setattr(simpo, "main", lambda argv: main(argv + flags))
+    (tmp_path / "own.py").write_text(example)
+    runpy.run_path(str(tmp_path / "own.py"))
+    (step,) = read_metrics(tmp_path / "out")
     by_hand = [max(0, 1 - 3 * (w.s / w.n - l.s / l.n)) for w, l in slow_answers(make_llama(), NINE)]
     assert step["loss"] == pytest.approx(mean(by_hand), rel=1e-5)
 
@@ -1054,6 +1056,9 @@ HOUSE = SCRIPT.parent
 README = (HOUSE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 COMMANDS = re.findall(r"^ {4}.*simpo\.py(.*)$", README, re.MULTILINE)
 COMMANDS += re.findall(r"`python simpo\.py (.*?)`", README)
+RECIPE = r"`(--model .*? --beta ([\d.]+) --gamma ([\d.]+) --lr .*?)` \| ([\d.]+) \|"
+RECIPES = re.findall(RECIPE, README)  # [(flags, beta, gamma, gamma / beta)]
+COMMANDS += [flags for flags, _, _, _ in RECIPES]
 
 
 @pytest.mark.parametrize("command", [x for x in COMMANDS if "--help" not in x])
@@ -1068,15 +1073,11 @@ def test_every_command_of_the_readme_is_understood(command):
             assert parsed == type(parsed)(value)
 
 
-def test_the_readmes_ratios_are_gamma_over_beta_of_its_commands():
-    """Catches a table for users of the official code whose numbers are not those of the recipes."""
-    row = r"^\| ([\w.0-9 -]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
-    rows = re.findall(row, README, re.MULTILINE)
-    recipes = Counter(re.findall(r"--beta ([\d.]+) --gamma ([\d.]+) --lr", README))
-    assert len(rows) == 6
-    for name, beta, gamma, ratio in rows:
-        assert float(ratio) == pytest.approx(float(gamma) / float(beta), abs=1e-9), name
-        assert recipes[beta, gamma], name
+def test_the_readmes_ratios_are_gamma_over_beta_of_its_recipes():
+    """Catches numbers for users of the official code that are not those of the recipes."""
+    assert len(RECIPES) == 6
+    for flags, beta, gamma, ratio in RECIPES:
+        assert float(ratio) == pytest.approx(float(gamma) / float(beta), abs=1e-9), flags
 
 
 def test_the_house_keeps_its_caps():
@@ -1085,6 +1086,7 @@ def test_the_house_keeps_its_caps():
     lines, tree, documented = source.splitlines(), ast.parse(source), set()
     assert len(lines) <= 600 and max(map(len, lines)) <= 100
     assert len(Path(__file__).read_text(encoding="utf-8").splitlines()) <= 1100
+    assert len((HOUSE / "README.md").read_text(encoding="utf-8").splitlines()) <= 230
     for token in python_tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == python_tokenize.COMMENT:
             documented.add(token.start[0])
