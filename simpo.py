@@ -139,7 +139,7 @@ def split_row(row):
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise TypeError("'prompt', 'chosen' and 'rejected' are neither three texts nor messages")
+        raise TypeError(f"it needs three texts, or messages, and has {row!s:.300}")
     if len(chosen) == len(rejected) == 1:  # answers alone, no whole conversations
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         chosen = turns + chosen
@@ -227,7 +227,7 @@ def load_pairs(source, split, tokenizer, args):
     rows = datasets.load_dataset(split=split, **where)
     # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
     if not {"chosen", "rejected"} <= set(rows.column_names):
-        sys.exit(f"simpo.py: {source} has no 'chosen' and 'rejected', but {rows.column_names}")
+        sys.exit(f"simpo.py: {source} needs 'chosen' and 'rejected', but has {rows.column_names}")
     results = []  # pairs, or reasons why there is none
     for number, row in enumerate(tqdm(rows, "tokenizing", leave=False, disable=RANK > 0), 1):
         try:
@@ -261,15 +261,15 @@ def parse_args(argv):
     add("--model", str, None, "hub id or folder of the model to train")
     add("--dataset", str, None, "pairs: hub id, folder, or .jsonl, .json, .parquet or .csv file")
     add("--eval_dataset", str, None, "held-out pairs; unset: --eval_split of --dataset")
-    add("--train_split", str, "train", "of --dataset; slices like train[:1000] work, too")
-    add("--eval_split", str, None, "of the held-out pairs; unset: train of --eval_dataset")
+    add("--train_split", str, "train", "split of --dataset; slices like train[:1000] work, too")
+    add("--eval_split", str, None, "split of the held-out pairs; unset: train of --eval_dataset")
     add("--max_length", int, 2048, "tokens of a prompt and an answer")
-    add("--max_prompt_length", int, None, "tokens of a prompt; unset: 1800/2048 of --max_length")
+    add("--max_prompt_length", int, None, "tokens of a prompt; unset: --max_length * 1800/2048")
     add("--loss", str, "simpo", "the objective", choices=OBJECTIVES)
     add("--beta", float, None, "scale of the rewards")
     add("--gamma", float, None, "target margin, in units of reward")
-    add("--lambda", float, None, "weight of the SFT term, in orpo of the odds ratio", dest="lam")
-    add("--tau", float, None, "strength of the regularization")
+    add("--lambda", float, None, "weight of simpo's SFT term, or orpo's odds ratio", dest="lam")
+    add("--tau", float, None, "strength of regularization; the target is 1 / (2 tau)")
     add("--no_length_norm", bool, None, "the ablation: sums in place of averages")
     add("--lr", float, 1e-6, "peak learning rate")
     add("--batch_size", int, 128, "pairs in a step, over all processes")
@@ -277,15 +277,15 @@ def parse_args(argv):
     add("--epochs", int, 1, "times that each pair is seen")
     add("--max_steps", int, None, "optimizer steps; unset: as --epochs says")
     add("--warmup_ratio", float, 0.1, "share of the steps in which the learning rate rises")
-    add("--weight_decay", float, 0.0, "AdamW's")
+    add("--weight_decay", float, 0.0, "weight decay of AdamW")
     add("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; 0: never")
     add("--gradient_checkpointing", bool, False, "keep fewer activations, compute them twice")
     add("--shard", bool, False, "spread a model too big for one GPU over those of torchrun")
-    add("--seed", int, 0, "of the order of pairs, and of the demo")
-    add("--dtype", str, "bf16" if ON_GPU else "fp32", "of products; old CPUs: fp32", choices=DTYPES)
+    add("--seed", int, 0, "fixes the order of pairs, and the demo")
+    add("--dtype", str, "bf16" if ON_GPU else "fp32", "for matrix products", choices=DTYPES)
     add("--output_dir", str, "simpo_output", "folder for the model, metrics and checkpoints")
     add("--save_every", int, 100, "steps between checkpoints, 0: none")
-    add("--resume", bool, False, "go on from the last checkpoint; repeat the other flags")
+    add("--resume", bool, False, "go on from the last checkpoint; other flags as before")
     args = parser.parse_args(argv)
     if args.model is None and args.dataset is None:
         parser.set_defaults(**DEMO)
@@ -469,18 +469,18 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
             loss = (weights * metrics["loss"]).sum() / len(batch)
             (loss * WORLD_SIZE).backward()
             totals += torch.stack([(weights * x.detach()).double().sum() for x in metrics.values()])
-        # Clip and step. A gradient that is not finite would make every weight NaN.
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
-        norm = (norm.full_tensor() if args.shard else norm).item()
-        if math.isfinite(norm):
-            optimizer.step()
-        else:
-            print(f"step {step} skipped: gradient norm {norm}")
-        optimizer.zero_grad()
-        # Log.
         if WORLD_SIZE > 1:
             dist.all_reduce(totals)
         means = dict(zip(metrics, (totals / len(batch)).tolist()))
+        # Clip and step. A gradient that is not finite would make every weight NaN.
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+        norm = (norm.full_tensor() if args.shard else norm).item()
+        if math.isfinite(norm) and math.isfinite(means["loss"]):
+            optimizer.step()
+        else:
+            print(f"step {step} skipped: loss {means['loss']}, gradient norm {norm}")
+        optimizer.zero_grad()
+        # Log.
         seconds = time.perf_counter() - started
         tokens = sum(len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch)
         peak = getrusage(RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
@@ -568,12 +568,12 @@ def main(argv=None):
     groups = [{"params": list(policy.parameters()), "initial_lr": args.lr}]  # resuming needs it
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
-    print(f"{args.loss} {args.hyperparameters}: {steps} steps of {args.batch_size} pairs")
     references = [torch.full((2, len(x)), math.nan, device=DEVICE) for x in (pairs, held_out)]
     if args.loss in NEEDS_REFERENCE:  # the starting policy, scored once; unused, they stay NaN
         references = [score(policy, x, args) for x in (pairs, held_out)]
     ref_logps, held_out_ref_logps = references
     step = load_checkpoint(folder, policy, optimizer) if folder else 0
+    print(f"{args.loss} {args.hyperparameters}: step {step} of {steps}, of {args.batch_size} pairs")
 
     def evaluate(step):
         metrics = apply_objective(score(policy, held_out, args), held_out, held_out_ref_logps, args)

@@ -23,6 +23,7 @@ import time
 import tokenize as python_tokenize
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 SCRIPT = Path(__file__).with_name("simpo.py")
@@ -211,11 +212,6 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
-def mean(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
-
-
 HYPER = {  # the defaults, written here a second time
     "simpo": {"beta": 2.5, "gamma": 1.4, "lam": 0.0, "no_length_norm": False},
     "dpo": {"beta": 0.01},
@@ -345,8 +341,7 @@ def torchrun(processes, *argv):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# Python with torch imported, forked when a process is wanted: one that starts in 0.1 s can be
-# killed often.
+# Python with torch imported, to fork from: a process that starts in 0.1 s can be killed often.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "transformers", "datasets", "simpo"])
 
@@ -785,16 +780,21 @@ def test_every_objective_lowers_its_own_loss(name, place, tmp_path):
     assert losses[-1] < losses[0] - 1e-3
 
 
-def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, monkeypatch):
-    """Catches a table that is copied on import, and an example that nobody has run."""
+def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, monkeypatch, capsys):
+    """Catches a table that is copied on import, an example that nobody has run, and a NaN of which
+    relu hides the gradient: that of a reference which the objective has not asked for."""
     (example,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
     main, flags = simpo.main, ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
-    flags = [str(word) for word in [*flags, *STILL, "--output_dir", tmp_path / "out"]]
+    flags = [str(word) for word in [*flags, *STILL]]
     monkeypatch.setattr(simpo, "OBJECTIVES", dict(simpo.OBJECTIVES))  # forgets it afterwards
     monkeypatch.setattr(simpo, "main", lambda argv: main(argv + flags))
-    (tmp_path / "own.py").write_text(example)
-    runpy.run_path(str(tmp_path / "own.py"))
-    (step,) = read_metrics(tmp_path / "out")
+    for name in ("avg", "ratio"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("own.py").write_text(example.replace(".avg", f".{name}"))
+        runpy.run_path("own.py")
+    assert capsys.readouterr().out.count("step 1 skipped: loss nan") == 1
+    (step,) = read_metrics(tmp_path / "avg" / "simpo_output")
     by_hand = [max(0, 1 - 3 * (w.s / w.n - l.s / l.n)) for w, l in slow_answers(make_llama(), NINE)]
     assert step["loss"] == pytest.approx(mean(by_hand), rel=1e-5)
 
@@ -913,7 +913,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
     _, rows = run(tmp_path / "poisoned", data, tmp_path / "out", "--batch_size", 1, "--lr", 1e-3)
     assert len(rows) == 10 and sum(not math.isfinite(row["loss"]) for row in rows) == 1
     shown = capfd.readouterr().out
-    assert len(re.findall(r"step \d+ skipped: gradient norm nan", shown)) == 1
+    assert len(re.findall(r"step \d+ skipped: loss nan, gradient norm nan", shown)) == 1
     weights = load_file(tmp_path / "out" / "model.safetensors")
     bad = {name: (~w.isfinite()).sum().item() for name, w in weights.items()}
     assert {name: n for name, n in bad.items() if n} == {"model.embed_tokens.weight": 32}
@@ -1023,7 +1023,7 @@ def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
     out = tmp_path / "out"
     assert "no file" in mistake(place, out, "--dataset", tmp_path / "absent.jsonl")
     better = write_jsonl(tmp_path / "columns.jsonl", [{"question": "Hi", "better": "a"}])
-    assert "'chosen' and 'rejected', but ['question'," in mistake(place, out, "--dataset", better)
+    assert "and 'rejected', but has ['question'," in mistake(place, out, "--dataset", better)
     nothing = write_jsonl(tmp_path / "nothing.jsonl", [chat("x", "a", "a")])
     assert "no pair" in mistake(place, out, "--dataset", nothing)
     assert "holds a run" in mistake(place, place / "llama")
