@@ -10,8 +10,7 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 
 A pair's way: split_row -> tokenize_pair -> collate -> ResponseLogps -> an objective -> train.
 Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
-The first loss: where the policy still is the reference, DPO's is ln 2 = 0.69, IPO's 1/(4 tau^2).
-SimPO has no reference: at equal rewards its loss is log(1 + e^gamma), 1.62 for gamma 1.4.
+The first loss: DPO's is ln 2 = 0.69, IPO's 1/(4 tau^2), SimPO's log(1 + e^gamma) at equal rewards.
 A falling chosen reward: the loss sees only the difference, so both may fall, the rejected one
 faster. A little is normal. If it falls far, lower --lr first, then raise --beta.
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
@@ -359,13 +358,14 @@ def find_checkpoint(out, args):
     """-> the checkpoint to --resume from. If there is none, the first process claims the folder."""
     flags = vars(args) | {"output_dir": out.name}
     free = {"resume", "shard", "gradient_checkpointing", "micro_batch_tokens", "save_every"}
-    found = sorted(out.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]))
-    if args.resume and found:
+    found = [*out.glob("checkpoint-[0-9]*")] if args.resume else []  # else rank 0 may clear it
+    if found:
+        newest = max(found, key=lambda path: int(path.name[11:]))
         then = json.loads((out / "simpo_run.json").read_text())
         other = [x for x in flags if x not in free and flags[x] != then.get(x)]
-        return found[-1] if not other else sys.exit(f"simpo.py: the run in {out} had other {other}")
+        return newest if not other else sys.exit(f"simpo.py: the run in {out} had other {other}")
     if RANK == 0:
-        if args.model is None and args.output_dir == DEMO["output_dir"]:
+        if args.model is None and args.output_dir == DEMO["output_dir"] and not args.resume:
             shutil.rmtree(out, ignore_errors=True)
         taken = [*out.glob("config.json"), *out.glob("metrics.jsonl"), *out.glob("checkpoint-*")]
         if taken and not args.resume:
