@@ -268,7 +268,7 @@ def parse_args(argv):
     add("--beta", float, None, "scale of the rewards")
     add("--gamma", float, None, "target margin, in units of reward")
     add("--lambda", float, None, "weight of simpo's SFT term, or orpo's odds ratio", dest="lam")
-    add("--tau", float, None, "strength of regularization; the target is 1 / (2 tau)")
+    add("--tau", float, None, "the two log-ratios are to differ by 1 / (2 tau)")
     add("--no_length_norm", bool, None, "the ablation: sums in place of averages")
     add("--lr", float, 1e-6, "peak learning rate")
     add("--batch_size", int, 128, "pairs in a step, over all processes")
@@ -469,10 +469,10 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
             loss = (weights * metrics["loss"]).sum() / len(batch)
             (loss * WORLD_SIZE).backward()
             totals += torch.stack([(weights * x.detach()).double().sum() for x in metrics.values()])
+        # Sum up over processes, clip and step. What is not finite would make every weight NaN.
         if WORLD_SIZE > 1:
             dist.all_reduce(totals)
         means = dict(zip(metrics, (totals / len(batch)).tolist()))
-        # Clip and step. A gradient that is not finite would make every weight NaN.
         norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
         norm = (norm.full_tensor() if args.shard else norm).item()
         if math.isfinite(norm) and math.isfinite(means["loss"]):
@@ -573,7 +573,7 @@ def main(argv=None):
         references = [score(policy, x, args) for x in (pairs, held_out)]
     ref_logps, held_out_ref_logps = references
     step = load_checkpoint(folder, policy, optimizer) if folder else 0
-    print(f"{args.loss} {args.hyperparameters}: step {step} of {steps}, of {args.batch_size} pairs")
+    print(f"{args.loss} {args.hyperparameters}: {steps - step} steps of {args.batch_size} pairs")
 
     def evaluate(step):
         metrics = apply_objective(score(policy, held_out, args), held_out, held_out_ref_logps, args)

@@ -784,8 +784,8 @@ def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, mon
     """Catches a table that is copied on import, an example that nobody has run, and a NaN of which
     relu hides the gradient: that of a reference which the objective has not asked for."""
     (example,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
-    main, flags = simpo.main, ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
-    flags = [str(word) for word in [*flags, *STILL]]
+    main = simpo.main
+    flags = ["--model", str(place / "llama"), "--dataset", str(place / "nine.jsonl"), *STILL]
     monkeypatch.setattr(simpo, "OBJECTIVES", dict(simpo.OBJECTIVES))  # forgets it afterwards
     monkeypatch.setattr(simpo, "main", lambda argv: main(argv + flags))
     for name in ("avg", "ratio"):
