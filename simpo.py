@@ -497,7 +497,7 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, metrics_file):
 
 
 # ------------------------------------------------------------------------------ demo and main
-def make_demo(seed):
+def make_demo(seed, fit_steps=500):
     """A tiny Llama answers "dbca=" with abcd, which is chosen, or with dcba, and then a run of "!",
     longer in chosen answers, as often in real ones. -> tokenizer, model, pairs, held-out pairs."""
     torch.manual_seed(seed)
@@ -517,8 +517,8 @@ def make_demo(seed):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, pad_token_id=0))
     policy = ResponseLogps(model.to(DEVICE).eval())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=500)
-    for _ in tqdm(range(500), "fitting the demo's model", leave=False, disable=RANK > 0):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=fit_steps)
+    for _ in tqdm(range(fit_steps), "fitting the demo's model", leave=False, disable=RANK > 0):
         batch = collate(rng.sample(pairs[200:], 32))
         (-policy(**batch) / batch["scored"].sum(1)).mean().backward()  # sft, on both answers alike
         optimizer.step()
