@@ -29,6 +29,7 @@ CACHE = tempfile.TemporaryDirectory()  # removed when Python exits
 # Set before the imports that read them, and handed down to the processes started below.
 os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+os.environ |= {"PYTHONPATH": str(SCRIPT.parent), "QUICK": "1", "MODEL": ""}  # of the notebooks
 
 import datasets
 import nbclient
@@ -407,8 +408,7 @@ def test_simpo_loss_is_the_equation_with_the_papers_beta_and_gamma_by_default():
 
 def test_dpo_loss_is_the_equation_with_the_dpo_papers_beta_by_default():
     """Catches averages where DPO has sums, and a reference that is subtracted the wrong way."""
-    numbers = [-12.0, -15.5, -13.0, -14.0]
-    loss = simpo.dpo_loss(*(torch.tensor([x]) for x in numbers))
+    loss = simpo.dpo_loss(*torch.tensor([[-12.0], [-15.5], [-13.0], [-14.0]]))
     expected = -log_sigmoid(0.1 * ((-12.0 + 13.0) - (-15.5 + 14.0)))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -436,13 +436,11 @@ def test_each_objective_and_its_rewards_are_the_formulas_of_the_paper(name, hype
         assert result.tolist() == pytest.approx(list(numbers), rel=2e-5, abs=1e-6)
 
 
-EXTREMES = [-1e-8, -1e-6, -1e-3, -0.7, -7.0, -50.0]
-
-
 @every_objective
 def test_losses_and_gradients_are_finite_from_certain_to_hopeless_answers(name):
     """Catches ORPO's log(1 - p) at p = 1, an overflow at a sum of -100,000, and no gradient."""
-    kinds = [Answer(a * n, a * n * f, n) for a in EXTREMES for n in (1, 2000) for f in (1, 0.5, 2)]
+    extremes = [-1e-8, -1e-6, -1e-3, -0.7, -7.0, -50.0]
+    kinds = [Answer(a * n, a * n * f, n) for a in extremes for n in (1, 2000) for f in (1, 0.5, 2)]
     for options in [{}] + [{"no_length_norm": True}, {"lam": 1.0}] * (name == "simpo"):
         sides, leaves = as_tensors([(w, l) for w in kinds for l in kinds])
         losses = simpo.OBJECTIVES[name](*sides, **options)[0]
@@ -728,6 +726,7 @@ RUNS = {
     "dpo, beta 0.1": (["--beta", 0.1], {"beta": 0.1}),
     "ipo, tau 0.4": (["--tau", 0.4], {"tau": 0.4}),
     "orpo": ([], {}),
+    "sft": ([], {}),
 }
 
 
@@ -1064,11 +1063,8 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 @every_notebook
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     """Catches what simpo.py has left behind, and claims that its asserts no longer bear out."""
-    monkeypatch.setenv("PYTHONPATH", str(HOUSE))
-    monkeypatch.setenv("QUICK", "1")
-    monkeypatch.delenv("MODEL", raising=False)
     nbclient.execute(nbformat.read(path, as_version=4), cwd=str(tmp_path), timeout=600)
 
 
@@ -1088,11 +1084,17 @@ def test_the_stored_outputs_are_of_one_clean_run(path):
 
 def test_the_house_keeps_its_caps():
     """Catches growth: a cap is kept by leaving out, never by packing or by loosening the cap."""
+    for name, cap in {"simpo.py": 600, "test_simpo.py": 1100, "README.md": 230}.items():
+        assert len((HOUSE / name).read_text(encoding="utf-8").splitlines()) <= cap, name
     source = SCRIPT.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 600 and max(map(len, source.splitlines())) <= 100
-    assert len(Path(__file__).read_text(encoding="utf-8").splitlines()) <= 1100
-    assert len((HOUSE / "README.md").read_text(encoding="utf-8").splitlines()) <= 230
+    lines = source.splitlines()
+    documented = sum(bool(re.search(r"(^|\s)# ", line)) for line in lines)
+    assert max(map(len, lines)) <= 100
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             cap = 60 if node.name in ("train", "main", "parse_args") else 40
             assert node.end_lineno - node.lineno < cap, node.name
+        documentable = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documentable and ast.get_docstring(node):
+            documented += node.body[0].end_lineno - node.body[0].lineno + 1
+    assert 0.17 <= documented / len(lines) <= 0.28
