@@ -219,11 +219,11 @@ def load_pairs(source, split, tokenizer, args):
     import datasets  # here, so that the rest works without it
 
     path = Path(source).absolute()
-    local = path.suffix in (".jsonl", ".json", ".parquet", ".csv")
-    if local and (not path.is_file() or set("*?[]") & set(str(path))):
+    formats = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    kind = formats.get(path.suffix)  # none: a hub id, or a folder
+    if kind and (not path.is_file() or set("*?[]") & set(str(path))):
         sys.exit(f"simpo.py: there is no file {path}, or there is one of *?[] in its path")
-    where = {"path": str(path.parent), "data_files": path.name} if local else {"path": source}
-    rows = datasets.load_dataset(split=split, **where)
+    rows = datasets.load_dataset(kind or source, data_files=kind and str(path), split=split)
     # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
     if not {"chosen", "rejected"} <= set(rows.column_names):
         sys.exit(f"simpo.py: {source} needs 'chosen' and 'rejected', but has {rows.column_names}")

@@ -673,17 +673,17 @@ def test_a_malformed_row_is_trained_on_or_dropped_or_refused_by_name(style, monk
 def test_all_file_formats_give_the_same_pairs(place, tmp_path):
     """Catches a format whose rows are read in another way, or lose their line breaks."""
     args, tokenizer = simpo.parse_args([]), make_tokenizer()
+    (tmp_path / f"{tmp_path.name}.py").touch()  # as simpo.py itself, in a folder simpo
     for rows, kinds in ((PLAIN, "jsonl json parquet csv"), (NINE, "jsonl json parquet")):
         table = datasets.Dataset.from_list(rows)
+        write = {"jsonl": table.to_json, "parquet": table.to_parquet, "csv": table.to_csv}
         expected = [tokenize(row, tokenizer) for row in rows]
         for kind in kinds.split():
             path = tmp_path / f"{len(rows)}.{kind}"
-            if kind == "jsonl":
-                write_jsonl(path, rows)
-            elif kind == "json":
+            if kind == "json":
                 path.write_text(json.dumps(rows, indent=1))
             else:
-                {"parquet": table.to_parquet, "csv": table.to_csv}[kind](path)
+                write[kind](path)
             assert list(simpo.load_pairs(str(path), "train", tokenizer, args)) == expected
 
 
