@@ -11,8 +11,7 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 A pair's way: split_row -> tokenize_pair -> collate -> ResponseLogps -> an objective -> train.
 Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
 The first loss: DPO's is ln 2 = 0.69, IPO's 1/(4 tau^2), SimPO's log(1 + e^gamma) at equal rewards.
-A falling chosen reward: the loss sees only the difference, so both may fall, the rejected one
-faster. A little is normal. If it falls far, lower --lr first, then raise --beta.
+A falling chosen reward is normal, a little. If it falls far, lower --lr first, then raise --beta.
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
 is the paper's; their gamma_beta_ratio is gamma / beta. (3) What is scored begins after the header
 of the answer and ends with one end of turn. (4) Answers may be cut, prompts not: pairs with a long
@@ -110,6 +109,9 @@ class ResponseLogps(nn.Module):
         self.model = model
         self.chunk = chunk  # how many answer tokens have their logits, [chunk, V], at one time
 
+    def hidden_states(self, input_ids, scored):
+        return self.model.base_model(input_ids, use_cache=False)[0]  # [2B, T, D]
+
     def token_logps(self, hidden, targets):
         logits = self.model.get_output_embeddings()(hidden).float()
         if cap := getattr(self.model.config, "final_logit_softcapping", None):  # of Gemma 2
@@ -120,12 +122,11 @@ class ResponseLogps(nn.Module):
         """What `collate` makes of B pairs -> log pi(y|x) of their answers, [2B], fp32, in nats.
         The logits of all tokens, [2B, T, V], would be the largest tensor of a step. So only states
         that predict a scored token meet the head, a chunk at a time, and in backward again."""
-        hidden = self.model.base_model(input_ids, use_cache=False)[0]  # [2B, T, D]
+        hidden = self.hidden_states(input_ids, scored)
         row, place = scored[:, 1:].nonzero(as_tuple=True)  # each [N]
         targets = input_ids[row, place + 1]  # [N], each predicted one place before it
-        logps = []
-        for chunk in zip(hidden[row, place].split(self.chunk), targets.split(self.chunk)):
-            logps.append(checkpoint(self.token_logps, *chunk, use_reentrant=False))
+        chunks = zip(hidden[row, place].split(self.chunk), targets.split(self.chunk))
+        logps = [checkpoint(self.token_logps, *chunk, use_reentrant=False) for chunk in chunks]
         sums = torch.zeros(len(input_ids), device=hidden.device)  # [2B]
         return sums.index_add(0, row, torch.cat(logps))
 
@@ -391,8 +392,7 @@ def save_checkpoint(policy, optimizer, step, out):
 def load_checkpoint(folder, policy, optimizer):
     """Fill in policy and optimizer, and take metrics.jsonl back to their step -> that step."""
     weights, moments = dcp_state.get_state_dict(policy, optimizer)
-    state = {"weights": weights, "moments": moments}
-    dcp.load(state, checkpoint_id=folder)  # in place
+    dcp.load({"weights": weights, "moments": moments}, checkpoint_id=folder)  # in place
     dcp_state.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
     if RANK == 0:
         shutil.copy(folder / "metrics.jsonl", folder.parent)

@@ -19,10 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
 
 SCRIPT = Path(__file__).with_name("simpo.py")
 CACHE = tempfile.TemporaryDirectory()  # removed when Python exits
@@ -85,14 +84,8 @@ def make_tokenizer(template=CHATML, bos="<s>", eos="<|im_end|>", pad=None, adds_
     return tokenizer
 
 
-class Style(NamedTuple):
-    """What must stand before an answer to "Hi?", and be scored at its end, by hand."""
-
-    make: callable
-    before: str
-    end: str
-
-
+# By hand: what must stand before an answer to "Hi?", and be scored at its end.
+Style = namedtuple("Style", "make before end")
 STYLES = {
     "chatml": Style(
         make_tokenizer,
@@ -231,12 +224,7 @@ REFERENCED = ("dpo", "ipo")
 every_objective = pytest.mark.parametrize("name", HYPER)
 
 
-class Answer(NamedTuple):
-    """Of one answer: log pi, log pi_ref and |y|."""
-
-    s: float
-    ref: float
-    n: int
+Answer = namedtuple("Answer", "s ref n")  # of one answer: log pi, log pi_ref and |y|
 
 
 def objective_by_hand(name, w, l, beta=0, gamma=0, tau=0, lam=0, no_length_norm=False):
@@ -300,8 +288,7 @@ def steps_of(rows):
 
 
 def evaluations_of(rows):
-    """Without the prefix: {"loss": ...}, one for each evaluation."""
-    found = [{k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in rows]
+    found = [{k[5:]: x for k, x in row.items() if k.startswith("eval/")} for row in rows]
     return [metrics for metrics in found if metrics]
 
 
@@ -342,29 +329,31 @@ def torchrun(processes, *argv):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+KINDS = {"one process": (1, []), "two": (2, []), "two, sharded": (2, ["--shard"])}
 # Python with torch imported, to fork from: a process that starts in 0.1 s can be killed often.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "transformers", "datasets", "simpo"])
 
 
-def script(argv, environment, shown):
+def script(file, argv, environment, shown):
     """`python simpo.py argv`, in a process of its own; what it prints goes to a file."""
     os.environ |= environment
-    with open(shown, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [str(SCRIPT), *argv]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    del sys.modules["simpo"]  # it has read other variables
+    with open(shown, "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.argv = [str(file), *argv]
+    runpy.run_path(str(file), run_name="__main__")
 
 
-def start(processes, shown, *argv):
+def start(processes, shown, *argv, file=SCRIPT):
     """The processes of a run, with the variables that torchrun sets."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes)}
     started = []
     for rank in map(str, range(processes)):
         environment = group | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
         words = [str(x) for x in argv]
-        started.append(FORKS.Process(target=script, args=(words, environment, shown)))
+        started.append(FORKS.Process(target=script, args=(file, words, environment, shown)))
         started[-1].start()
     return started
 
@@ -806,8 +795,23 @@ def test_two_processes_train_exactly_what_one_does(flags, in_fours, place, tmp_p
     flags = [*flags, "--micro_batch_tokens", 200, *FOURS, "--eval_dataset", place / "seven.jsonl"]
     source = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
     torchrun(2, *source, *flags, "--output_dir", tmp_path / "two")
-    assert len(steps_of(read_metrics(tmp_path / "two"))) == 3
     assert_same_training(in_fours, tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_computed_once_as_notebook_5_does_train_the_same(kind, in_fours, place, tmp_path):
+    """Catches answers that see each other, and a prompt that learns from one of them alone."""
+    cells = nbformat.read(HOUSE / "notebooks" / "5_faster.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if cell.source.startswith("%%writefile")]
+    assert source.count("\n") <= 60
+    file, shown = tmp_path / "fast_simpo.py", tmp_path / "shown"
+    file.write_text(source.partition("\n")[2])
+    processes, flags = KINDS[kind][0], [*KINDS[kind][1], *FOURS]
+    flags += ["--model", place / "llama", "--output_dir", tmp_path / "out"]
+    flags += ["--dataset", place / "nine.jsonl", "--eval_dataset", place / "seven.jsonl"]
+    started = start(processes, shown, *flags, file=file)
+    assert codes(started) == [0] * processes, shown.read_text()[-3000:]
+    assert_same_training(in_fours, tmp_path / "out")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -877,8 +881,7 @@ def test_a_bf16_checkpoint_moves_at_the_papers_learning_rate(place, tmp_path):
     names = [name for name in before if "embed" not in name]
     changed = torch.cat([(after[k].float() != before[k].float()).flatten() for k in names])
     assert changed.float().mean() > 0.95
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["dtype"] == "float32"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
@@ -919,8 +922,6 @@ def test_the_saved_model_is_the_trained_one_in_a_fresh_process(place, tmp_path):
 # checkpoints on both sides of an epoch's end; a reference that is not the policy of any step.
 LONG = ["--batch_size", 4, "--epochs", 8, "--lr", 1e-3, "--save_every", 2]
 LONG += ["--loss", "dpo", "--beta", 0.5]
-KINDS = {"one process": (1, []), "two": (2, []), "two, sharded": (2, ["--shard"])}
-KILLS = 3  # of each kind of run
 
 
 def long_run(place, out, *flags):
@@ -946,8 +947,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(kind, plac
     assert codes(started) == [0] * processes, shown.read_text()[-3000:]
     assert len(steps_of(read_metrics(expected))) == 24
     rng, metrics = random.Random(kind), out / "metrics.jsonl"
-    for kill in range(KILLS):
-        steps = 24 * (kill + 1) // (KILLS + 1)
+    for steps in (6, 12, 18):
         started = start(processes, shown, *command)
         wait_for(lambda steps=steps: metrics.exists() and metrics.read_text().count("lr") >= steps)
         time.sleep(rng.uniform(0, 0.02))
@@ -974,8 +974,7 @@ def test_another_number_of_processes_goes_on(place, tmp_path):
     out, flags, shown = tmp_path / "out", ["--beta", 0.05], tmp_path / "shown"  # less to round
     simpo.main([str(x) for x in long_run(place, tmp_path / "whole", *flags)])
     killed_run(place, out, *flags)
-    started = start(2, shown, *long_run(place, out, *flags, "--resume"))
-    assert codes(started) == [0, 0], shown.read_text()[-3000:]
+    assert codes(start(2, shown, *long_run(place, out, *flags, "--resume"))) == [0, 0]
     assert_same_training(tmp_path / "whole", out)
 
 
