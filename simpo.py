@@ -11,7 +11,7 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 A pair's way: split_row -> tokenize_pair -> collate -> ResponseLogps -> an objective -> train.
 Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
 The first loss: DPO's is ln 2 = 0.69, IPO's 1/(4 tau^2), SimPO's log(1 + e^gamma) at equal rewards.
-A falling chosen reward is normal, a little. If it falls far, lower --lr first, then raise --beta.
+The chosen reward may fall a little. If it falls far, lower --lr first, then raise --beta.
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
 is the paper's; their gamma_beta_ratio is gamma / beta. (3) What is scored begins after the header
 of the answer and ends with one end of turn. (4) Answers may be cut, prompts not: pairs with a long
@@ -109,7 +109,7 @@ class ResponseLogps(nn.Module):
         self.model = model
         self.chunk = chunk  # how many answer tokens have their logits, [chunk, V], at one time
 
-    def hidden_states(self, input_ids, scored):
+    def hidden_states(self, input_ids, scored):  # notebook 5 replaces it, and needs `scored`
         return self.model.base_model(input_ids, use_cache=False)[0]  # [2B, T, D]
 
     def token_logps(self, hidden, targets):

@@ -795,6 +795,7 @@ def test_two_processes_train_exactly_what_one_does(flags, in_fours, place, tmp_p
     flags = [*flags, "--micro_batch_tokens", 200, *FOURS, "--eval_dataset", place / "seven.jsonl"]
     source = ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
     torchrun(2, *source, *flags, "--output_dir", tmp_path / "two")
+    assert len(steps_of(read_metrics(tmp_path / "two"))) == 3
     assert_same_training(in_fours, tmp_path / "two")
 
 
