@@ -551,6 +551,7 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     if ON_GPU:
         torch.cuda.set_device(DEVICE)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new shape of a pass
     if "RANK" in os.environ:
         dist.init_process_group()
     folder = find_checkpoint(out, args)
