@@ -287,7 +287,7 @@ def load_pairs(source, split, tokenizer, args):
 # ------------------------------------------------------------------------------ command line
 def parse_args(argv):
     """The command line, and args.hyperparameters, those of the objective."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(usage="%(prog)s [flags]", add_help=False, allow_abbrev=False)
     first.add_argument("--loss", default="simpo", help="the objective (simpo)", choices=OBJECTIVES)
     loss = first.parse_known_args(argv)[0].loss  # it decides which other flags there are
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", allow_abbrev=False, parents=[first])
@@ -529,8 +529,6 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, out):
         else:
             print(f"step {step} skipped: loss {means['loss']}, gradient norm {norm}")
             skipped += 1
-        if skipped == 10:
-            sys.exit("simpo.py: ten steps in a row were skipped; nothing is saved")
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
         tokens = sum(len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch)
@@ -539,6 +537,8 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, out):
         row |= {"pairs_per_second": len(batch) / seconds, "tokens_per_second": tokens / seconds}
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
         log(row, out)
+        if skipped == 10:
+            sys.exit("simpo.py: ten steps in a row were skipped; nothing is saved")
         bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], lr=row["lr"])
         schedule.step()
         if args.save_every and step % args.save_every == 0 and step < steps:
@@ -549,7 +549,7 @@ def main(argv=None, start=None, on_evaluate=lambda model, step: {}):
     """Train as argv says, or from what `load` returns as start -> metrics of the last evaluation."""
     args = parse_args(argv)
     if args.model is None and start is None:
-        sys.path.append(str(Path(__file__).parent / "notebooks"))
+        sys.path.insert(0, str(Path(__file__).parent / "notebooks"))
         import demo
 
         return demo.main(sys.argv[1:] if argv is None else argv)

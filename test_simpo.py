@@ -5,7 +5,7 @@ floats, by a slow loop that scores one token at a time, or by another process. A
 and random, all files are made on the spot, and nothing needs a network or a GPU.
 """
 
-import ast
+import gzip
 import json
 import math
 import multiprocessing
@@ -13,7 +13,6 @@ import os
 import random
 import re
 import runpy
-import shlex
 import socket
 import subprocess
 import sys
@@ -24,21 +23,20 @@ from pathlib import Path
 from statistics import mean
 
 SCRIPT = Path(__file__).with_name("simpo.py")
+README = SCRIPT.with_name("README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 CACHE = tempfile.TemporaryDirectory()  # removed when Python exits
 # Set before the imports that read them, and handed down to the processes started below.
 os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-os.environ |= {"PYTHONPATH": str(SCRIPT.parent), "QUICK": "1", "MODEL": ""}  # of the notebooks
+os.environ |= {"PYTHONPATH": f"{SCRIPT.parent}:{SCRIPT.parent / 'notebooks'}"}
 
 import datasets
-import nbclient
-import nbformat
 import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import simpo
 
@@ -49,10 +47,6 @@ GENERATE = "{% if add_generation_prompt %}"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}" + GENERATE + "{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-QWEN = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
-    "{% endif %}" + CHATML
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' + "
@@ -66,14 +60,17 @@ MISTRAL = (
 )
 
 
-def make_tokenizer(template=CHATML, bos="<s>", eos="<|im_end|>", pad=None, adds_bos=0):
-    """One token per byte, so that lengths can be counted by eye."""
+def make_tokenizer(template=CHATML, bos="<s>", eos="<|im_end|>", pad=None, adds_bos=0, **more):
+    """One token per byte, so that lengths can be counted by eye; more are `merges`, pairs of bytes
+    that become one token, and `plain`, added tokens that are not special."""
     vocab = [*SPECIALS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    ids = {token: i for i, token in enumerate(vocab)}
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=[]))
+    merges = more.get("merges", [])
+    ids = {token: i for i, token in enumerate(vocab + [a + b for a, b in merges])}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges))
     options = {"add_prefix_space": False, "use_regex": False}
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(**options)
     core.decoder = tokenizers.decoders.ByteLevel()
+    core.add_tokens([tokenizers.AddedToken(x, special=False) for x in more.get("plain", [])])
     if adds_bos:  # as Llama's does to every text it is given
         template_of = tokenizers.processors.TemplateProcessing
         core.post_processor = template_of(single=f"{bos} $A", special_tokens=[(bos, ids[bos])])
@@ -91,12 +88,6 @@ STYLES = {
         make_tokenizer,
         "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",  # and not the newline that the template writes after it
-    ),
-    "qwen": Style(  # no BOS; a system turn that nobody asked for
-        lambda: make_tokenizer(QWEN, bos=None, pad="<|endoftext|>"),
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n"
-        "<|im_start|>assistant\n",
-        "<|im_end|>",
     ),
     "llama3": Style(  # the template writes BOS, and the tokenizer would add another
         lambda: make_tokenizer(LLAMA3, eos="<|eot|>", adds_bos=True),
@@ -206,47 +197,26 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
-HYPER = {  # the defaults, written here a second time
-    "simpo": {"beta": 2.5, "gamma": 1.4, "lam": 0.0, "no_length_norm": False},
-    "dpo": {"beta": 0.01},
-    "ipo": {"tau": 0.1},
-    "orpo": {"lam": 0.1},
-    "sft": {},
-}
-OTHERS = {  # and other values, no two of them equal
-    "simpo": {"beta": 2.0, "gamma": 0.5, "lam": 0.3, "no_length_norm": True},
-    "dpo": {"beta": 0.3},
-    "ipo": {"tau": 0.7},
-    "orpo": {"lam": 2.0},
-    "sft": {},
-}
-REFERENCED = ("dpo", "ipo")
-every_objective = pytest.mark.parametrize("name", HYPER)
+HYPER = {"simpo": {"beta": 2.5, "gamma": 1.4}, "dpo": {"beta": 0.01}}  # the defaults once more
 
 
 Answer = namedtuple("Answer", "s ref n")  # of one answer: log pi, log pi_ref and |y|
 
 
-def objective_by_hand(name, w, l, beta=0, gamma=0, tau=0, lam=0, no_length_norm=False):
-    """A pair's loss and its two rewards in plain floats, from the formulas of the paper."""
-    a_w, a_l, r_w, r_l = w.s / w.n, l.s / l.n, w.s - w.ref, l.s - l.ref
-    if name == "simpo":
-        x_w, x_l = (w.s, l.s) if no_length_norm else (a_w, a_l)
-        loss = -log_sigmoid(beta * x_w - beta * x_l - gamma) + lam * -a_w
-        return loss, beta * x_w, beta * x_l
-    if name == "dpo":
-        return -log_sigmoid(beta * r_w - beta * r_l), beta * r_w, beta * r_l
-    if name == "ipo":
-        return (r_w - r_l - 1 / (2 * tau)) ** 2, tau * r_w, tau * r_l
-    if name == "orpo":
-        odds = [math.log(math.exp(a) / (1 - math.exp(a))) for a in (a_w, a_l)]
-        return -a_w - lam * log_sigmoid(odds[0] - odds[1]), a_w, a_l
-    return -a_w, a_w, a_l
+def objective_by_hand(name, pairs, beta, gamma=0):
+    """Losses and both rewards of pairs in plain floats, from the formulas of the papers."""
+    results = []
+    for w, l in pairs:
+        r_w, r_l = w.s / w.n, l.s / l.n
+        if name == "dpo":
+            r_w, r_l = w.s - w.ref, l.s - l.ref
+        results.append((-log_sigmoid(beta * r_w - beta * r_l - gamma), beta * r_w, beta * r_l))
+    return results
 
 
 def metrics_by_hand(name, pairs, **hyper):
     """The metrics of (chosen, rejected) Answers, means over the pairs."""
-    rows = [objective_by_hand(name, w, l, **HYPER[name] | hyper) for w, l in pairs]
+    rows = objective_by_hand(name, pairs, **HYPER[name] | hyper)
     return {
         "loss": mean(loss for loss, _, _ in rows),
         "rewards/chosen": mean(w for _, w, _ in rows),
@@ -395,48 +365,14 @@ def test_simpo_loss_is_the_equation_with_the_papers_beta_and_gamma_by_default():
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_dpo_loss_is_the_equation_with_the_dpo_papers_beta_by_default():
-    """Catches averages where DPO has sums, and a reference that is subtracted the wrong way."""
-    loss = simpo.dpo_loss(*torch.tensor([[-12.0], [-15.5], [-13.0], [-14.0]]))
-    expected = -log_sigmoid(0.1 * ((-12.0 + 13.0) - (-15.5 + 14.0)))
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-
-
 def as_tensors(pairs):
     """Pairs of Answers -> w and l as objectives take them, and the leaves: their sums, [B]."""
     sides, leaves = [], []
     for side in zip(*pairs):
         s, ref, n = (torch.tensor(x, dtype=torch.float32) for x in zip(*side))
         leaves.append(s.requires_grad_())
-        sides.append(simpo.Answers(sum=s, avg=s / n, ref=ref, ratio=s - ref, length=n))
+        sides.append(simpo.Answers(logp=s, avg_logp=s / n, ref_logp=ref, length=n))
     return sides, leaves
-
-
-@every_objective
-@pytest.mark.parametrize("hyper", [HYPER, OTHERS], ids=["defaults", "others"])
-def test_each_objective_and_its_rewards_are_the_formulas_of_the_paper(name, hyper):
-    """Catches averages where sums belong, a wrong sign, a lost term, rewards of another method."""
-    likely, long, rare = Answer(-0.4, -0.2, 1), Answer(-3.1, -2.9, 9), Answer(-2.5, -4.0, 3)
-    pairs = [(likely, long), (long, rare), (rare, likely)]
-    given = {} if hyper is HYPER else hyper[name]  # the defaults are simpo.py's own
-    results = simpo.OBJECTIVES[name](*as_tensors(pairs)[0], **given)
-    expected = zip(*[objective_by_hand(name, w, l, **hyper[name]) for w, l in pairs])
-    for result, numbers in zip(results, expected, strict=True):
-        assert result.tolist() == pytest.approx(list(numbers), rel=2e-5, abs=1e-6)
-
-
-@every_objective
-def test_losses_and_gradients_are_finite_from_certain_to_hopeless_answers(name):
-    """Catches ORPO's log(1 - p) at p = 1, an overflow at a sum of -100,000, and no gradient."""
-    extremes = [-1e-8, -1e-6, -1e-3, -0.7, -7.0, -50.0]
-    kinds = [Answer(a * n, a * n * f, n) for a in extremes for n in (1, 2000) for f in (1, 0.5, 2)]
-    for options in [{}] + [{"no_length_norm": True}, {"lam": 1.0}] * (name == "simpo"):
-        sides, leaves = as_tensors([(w, l) for w in kinds for l in kinds])
-        losses = simpo.OBJECTIVES[name](*sides, **options)[0]
-        assert losses.dtype == torch.float32 and losses.isfinite().all()
-        losses.sum().backward()
-        assert all(x.grad.isfinite().all() for x in leaves if x.grad is not None)
-        assert leaves[0].grad.abs().sum() > 0
 
 
 # ========================================================================= log-likelihood
@@ -557,21 +493,111 @@ def test_whole_conversations_are_read_as_the_prompt_and_two_answers():
     assert messages == whole and messages["chosen_ids"][0] == plain["chosen_ids"][1]  # a "4"
 
 
+USER = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+OPENS = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")  # only to ask for an answer
+CLOSED = CHATML.replace("'\n' + m.content", "('\n<think>\n\n</think>\n\n' if m.role == 'assistant' "
+                        "and '<think>' not in m.content else '\n') + m.content")  # fmt: skip
+CHANNEL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|header|>final"
+    "{% endif %}<|/header|>{{ m.content }}<|eot|>{% endfor %}" + GENERATE + "<|im_start|>assistant"
+    "{% endif %}"
+)
+LATE = (  # the system prompt stands in the last turn of the user, if that is the last turn
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.last %}{{ messages[0].content "
+    "}} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+ENDLESS = (  # each text ends with the header of an answer
+    "{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>' + m.content }}{% endfor %}"
+    "<|header|>assistant<|/header|>"
+)
+CHANNELED = "<|im_start|>user<|/header|>Hi?<|eot|><|im_start|>assistant<|header|>final<|/header|>"
+NEWLINES = {"merges": [("Ċ", "Ċ")]}
+MISTRAL_3 = {"template": LATE, "eos": "</s>"}
+Kind = namedtuple("Kind", "tokenizer before end answer other", defaults=["So.", "No!"])
+KINDS_OF_TEMPLATES = {  # arguments of make_tokenizer, the prompt's text, the end, both answers
+    "a token spelled in the answer": Kind({}, USER, "<|im_end|>", "Write <s> or <|eot|>."),
+    "a newline that merges with the header's": Kind(NEWLINES, USER, "<|im_end|>", "\nSo."),
+    "a bracket that merges with the header's": Kind(
+        MISTRAL_3 | {"merges": [("]", "(")]}, "[INST]Be kind. Hi?[/INST]", "</s>", "(So)"
+    ),
+    "asked for by <think>": Kind({"template": OPENS, **NEWLINES}, USER, "<|im_end|>"),
+    "answered after an empty <think>": Kind(
+        {"template": CLOSED}, USER + "<think>\n\n</think>\n\n", "<|im_end|>"
+    ),
+    "thinking, where others have an empty <think>": Kind(
+        {"template": CLOSED},
+        USER,
+        "<|im_end|>",
+        "<think>Hm</think>So.",
+        "<think>\n\n</think>\n\nNo!",
+    ),
+    "a channel before the answer": Kind({"template": CHANNEL}, CHANNELED, "<|eot|>"),
+    "a system prompt in the last turn": Kind(MISTRAL_3, "[INST]Be kind. Hi?[/INST]", "</s>"),
+    "no end of turn but the next header": Kind(
+        {"template": ENDLESS, "eos": "</s>"},
+        "<|header|>system<|/header|>Be kind.<|header|>user<|/header|>Hi?<|header|>assistant<|/header|>",
+        "</s>",
+    ),
+    "no generation prompt": Kind({"template": CHATML.split(GENERATE)[0]}, USER, "<|im_end|>"),
+    "an end that is not special": Kind(
+        {"template": CHATML.replace("im_end", "stop"), "plain": ["<|stop|>"], "eos": "</s>"},
+        USER.replace("im_end", "stop"),
+        "<|stop|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_TEMPLATES)
+def test_what_is_scored_is_the_answer_and_its_end_whatever_the_template_does(name):
+    """Catches an answer that ends where it spells a token, a scored <think></think>, a header of
+    more tokens when an answer follows, and a prompt that has lost its system message."""
+    kind = KINDS_OF_TEMPLATES[name]
+    tokenizer = make_tokenizer(**kind.tokenizer)
+    row = chat("Hi?", kind.answer, "No!")
+    if "Be kind" in kind.before:
+        row["prompt"] = [{"role": "system", "content": "Be kind."}, *row["prompt"]]
+    pair = tokenize(row, tokenizer)
+    assert tokenizer.decode(pair["prompt_ids"]) == kind.before
+    assert tokenizer.decode(pair["chosen_ids"]) == kind.answer + kind.end
+    assert tokenizer.decode(pair["rejected_ids"]) == kind.other + kind.end
+
+
+def test_an_answer_has_the_tokens_that_stand_behind_its_prompt():
+    """Catches the space that SentencePiece puts before a text that is encoded alone."""
+    vocab = ["<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxyzQA:\n", "▁b"]
+    vocab += [f"<0x{i:02X}>" for i in range(256)]
+    vocab = {x: i for i, x in enumerate(vocab)}
+    tokenizer = transformers.LlamaTokenizer(vocab=vocab, merges=[("▁", "b")])
+    pair = tokenize(texts("Q:\nA:\n", "because", "no"), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(pair["chosen_ids"]) == [*"because", "</s>"]
+    assert tokenizer.decode(pair["chosen_ids"][:-1]) == "because"
+
+
+def test_keys_of_messages_beside_role_and_content_make_no_other_prompt():
+    """Catches an id, or what Arrow fills in for a missing key, taken for another question."""
+    row = json.loads(json.dumps(CHAT_SIDES))
+    row["chosen"][0] |= {"id": 1}
+    row["rejected"][0] |= {"id": 2, "name": None}
+    assert tokenize(row, make_tokenizer()) == tokenize(CHAT_SIDES, make_tokenizer())
+
+
 GOOD = chat("Hi?", "Hello", "Go")
 CHAT_SIDES = {side: GOOD["prompt"] + GOOD[side] for side in ("chosen", "rejected")}
 OTHER_PROMPT = [{"role": "user", "content": "Bye?"}, GOOD["rejected"][0]]
 RAISING = "{{ raise_exception('roles must alternate') }}"
-REWRITING = "{{ messages | length }}" + CHATML  # the prompt changes when an answer follows
+REWRITING = CHATML + "{{ '(the end)' if 'Hello' in messages[-1].content }}"
 DROPS = {  # what is dropped -> (row, template, a word of the reason)
-    "different prompts": (CHAT_SIDES | {"rejected": OTHER_PROMPT}, CHATML, "prompt"),
-    "no prompt": (GOOD | {"prompt": []}, CHATML, "prompt"),
-    "an empty text as prompt": (texts("", "a", "b"), CHATML, "prompt"),
+    "different prompts": (CHAT_SIDES | {"rejected": OTHER_PROMPT}, CHATML, "two different"),
+    "no prompt": (GOOD | {"prompt": []}, CHATML, "no prompt"),
+    "an empty text as prompt": (texts("", "a", "b"), CHATML, "empty prompt"),
     "an empty answer": (chat("Hi?", "", "Go"), CHATML, "empty"),
+    "white space as answer": (chat("Hi?", " \n", "Go"), CHATML, "empty"),
     "an empty text as answer": (texts("Hi?", "a", ""), CHATML, "empty"),
     "identical answers": (chat("Hi?", "Go", "Go"), CHATML, "identical"),
     "a long prompt": (chat("Hi?" * 99, "Hello", "Go"), CHATML, "long"),
     "a template that raises": (GOOD, RAISING, "roles must alternate"),
-    "a template that rewrites": (GOOD, REWRITING, "differently"),
+    "a template that rewrites": (GOOD, REWRITING, "(the end)"),
 }
 
 
@@ -607,7 +633,10 @@ def test_no_row_is_longer_than_allowed_and_nothing_is_cut_that_fits():
 class Rows(list):
     """A list that load_pairs takes for a dataset: Arrow would refuse rows of mixed types."""
 
-    column_names = ("prompt", "chosen", "rejected")
+    column_names, _fingerprint = ("prompt", "chosen", "rejected"), "made up"
+
+    def map(self, function, features, **_):
+        return datasets.Dataset.from_list([function(*x) for x in zip(self, range(9))], features)
 
 
 ODD = ["", " ", "\n", "\0", "\ufeff", "\u202e", "\r\n", "{{ 1 / 0 }}", "x" * 3000, *SPECIALS]
@@ -651,7 +680,7 @@ def test_a_malformed_row_is_trained_on_or_dropped_or_refused_by_name(style, monk
             ends["refused"] += 1
             continue
         shown = capsys.readouterr().out
-        end = "kept" if "dropped: none" in shown else "dropped"
+        end = "dropped" if " dropped: " in shown else "kept"
         assert f"2 rows, {2 if end == 'kept' else 1} pairs" in shown
         ends[end] += 1
         with torch.no_grad():
@@ -663,7 +692,7 @@ def test_all_file_formats_give_the_same_pairs(place, tmp_path):
     """Catches a format whose rows are read in another way, or lose their line breaks."""
     args, tokenizer = simpo.parse_args([]), make_tokenizer()
     (tmp_path / f"{tmp_path.name}.py").touch()  # as simpo.py itself, in a folder simpo
-    for rows, kinds in ((PLAIN, "jsonl json parquet csv"), (NINE, "jsonl json parquet")):
+    for rows, kinds in ((PLAIN, "jsonl json parquet csv"), (NINE, "jsonl json parquet JSONL gz")):
         table = datasets.Dataset.from_list(rows)
         write = {"jsonl": table.to_json, "parquet": table.to_parquet, "csv": table.to_csv}
         expected = [tokenize(row, tokenizer) for row in rows]
@@ -671,9 +700,57 @@ def test_all_file_formats_give_the_same_pairs(place, tmp_path):
             path = tmp_path / f"{len(rows)}.{kind}"
             if kind == "json":
                 path.write_text(json.dumps(rows, indent=1))
+            elif kind == "gz":
+                path = tmp_path / "nine.jsonl.gz"
+                path.write_bytes(gzip.compress((tmp_path / "9.jsonl").read_bytes()))
             else:
-                write[kind](path)
+                write[kind.lower()](path)
             assert list(simpo.load_pairs(str(path), "train", tokenizer, args)) == expected
+    datasets.Dataset.from_list(NINE).to_csv(tmp_path / "messages.csv")
+    with pytest.raises(ValueError, match="row 1: messages have become texts"):
+        simpo.load_pairs(str(tmp_path / "messages.csv"), "train", tokenizer, args)
+    configs = "".join(f"- config_name: {x}\n  data_files: {x}.parquet\n" for x in ("a", "b"))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, rows in (("a", NINE), ("b", SEVEN)):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "two" / f"{name}.parquet")
+    args.dataset_config = "b"
+    assert len(simpo.load_pairs(str(tmp_path / "two"), "train", tokenizer, args)) == 7
+
+
+def test_pairs_are_tokenized_once_and_again_when_the_code_has_changed(
+    place, tmp_path, monkeypatch, capfd
+):
+    """Catches a cache that is never asked, that outlives its code, tokenizer or lengths, and a
+    second process of the machine that tokenizes, too."""
+    calls = tmp_path / "calls"
+    split_row = simpo.split_row
+
+    def counted(row):
+        with open(calls, "a") as file:
+            print(file=file)
+        return split_row(row)
+
+    monkeypatch.setattr(simpo, "split_row", counted)
+    tokenizer, args = make_tokenizer(), simpo.parse_args([])
+    data = write_jsonl(tmp_path / "data.jsonl", [*NINE, chat("Hi", "a", "a")])
+
+    def load(source=data):
+        before = calls.read_text().count("\n") if calls.exists() else 0
+        pairs = simpo.load_pairs(str(source), "train", tokenizer, args)
+        assert "1 dropped: identical answers" in capfd.readouterr().out  # said each time
+        return len(pairs), calls.read_text().count("\n") - before
+
+    assert load() == (9, 10)
+    assert load() == (9, 0)
+    args.max_length = 50
+    assert load()[1] == 10
+    monkeypatch.setattr(simpo, "split_row", lambda row: counted(row))  # other code
+    assert load()[1] == 10
+    assert load()[1] == 0
+    many = write_jsonl(tmp_path / "many.jsonl", [*NINE * 250, chat("Hi", "a", "a")])
+    assert load(many) == (2250, 2251)  # by two processes, if there are so many
+    assert load(many) == (2250, 0)
 
 
 def test_what_is_dropped_and_cut_is_said(place, tmp_path, capsys):
@@ -683,8 +760,10 @@ def test_what_is_dropped_and_cut_is_said(place, tmp_path, capsys):
     args = simpo.parse_args(["--max_length", "60"])
     assert len(simpo.load_pairs(str(data), "train", make_tokenizer(), args)) == 10
     shown = capsys.readouterr().out
-    assert "13 rows, 10 pairs" in shown and "'identical answers': 2" in shown
-    assert "'an empty answer': 1" in shown and "1 pairs cut to --max_length 60" in shown
+    assert "13 rows, 10 pairs, 1 of them cut" in shown and "2 dropped: identical answers" in shown
+    assert "1 dropped: an empty prompt or answer" in shown and "not read: []" in shown
+    assert "ends in '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'" in shown
+    assert "what is scored: 'Hello!<|im_end|>' and 'Go<|im_end|>'" in shown
 
 
 # ========================================================================= training: the numbers
@@ -705,17 +784,14 @@ def test_default_flags_train_with_the_papers_objective(place, tmp_path, nine_ans
     expected = metrics_by_hand("simpo", nine_answers)
     assert {name: step[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert step.keys() == {*expected, *TIMINGS, "step", "epoch", "grad_norm", "lr"}
-    assert step["lr"] == 1e-6 and step["epoch"] == 1 and all(step[name] > 0 for name in TIMINGS)
+    assert step["lr"] == 1e-6 and step["epoch"] == 1
+    assert all(step[name] > 0 for name in TIMINGS - {"peak_memory_gib"})
 
 
 RUNS = {
-    "simpo with an SFT term": (["--lambda", 0.05], {"lam": 0.05}),
     "simpo, gamma 0": (["--gamma", 0], {"gamma": 0}),
-    "simpo, sums": (["--no_length_norm"], {"no_length_norm": True}),
+    "simpo, beta 10": (["--beta", 10, "--gamma", 5], {"beta": 10, "gamma": 5}),
     "dpo, beta 0.1": (["--beta", 0.1], {"beta": 0.1}),
-    "ipo, tau 0.4": (["--tau", 0.4], {"tau": 0.4}),
-    "orpo": ([], {}),
-    "sft": ([], {}),
 }
 
 
@@ -726,7 +802,7 @@ def test_a_run_trains_and_reports_its_own_objective(name, nine_answers, place, t
     flags = ["--loss", loss, *flags, "--micro_batch_tokens", 200, *STILL]
     _, (step,) = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
     expected = metrics_by_hand(loss, nine_answers, **values)
-    if loss in REFERENCED:  # all rewards are 0, and which one is larger is a matter of rounding
+    if loss == "dpo":  # all rewards are 0, and which one is larger is a matter of rounding
         del expected["rewards/accuracies"]
     assert {key: step[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -745,25 +821,6 @@ def test_dpo_starts_at_ln_2_with_dropout_in_the_config_and_shuffled_pairs(
     _, rows = run(tmp_path / name, place / "nine.jsonl", tmp_path / "out", *flags)
     losses = [row["loss"] for row in steps_of(rows) + evaluations_of(rows)]
     assert losses == pytest.approx([math.log(2)] * (2 * 5 + 2), abs=1e-6)
-
-
-def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, monkeypatch, capsys):
-    """Catches a table that is copied on import, an example that nobody has run, and a NaN of which
-    relu hides the gradient: that of a reference which the objective has not asked for."""
-    (example,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
-    main = simpo.main
-    flags = ["--model", str(place / "llama"), "--dataset", str(place / "nine.jsonl"), *STILL]
-    monkeypatch.setattr(simpo, "OBJECTIVES", dict(simpo.OBJECTIVES))  # forgets it afterwards
-    monkeypatch.setattr(simpo, "main", lambda argv: main(argv + flags))
-    for name in ("avg", "ratio"):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        Path("own.py").write_text(example.replace(".avg", f".{name}"))
-        runpy.run_path("own.py")
-    assert capsys.readouterr().out.count("step 1 skipped: loss nan") == 1
-    (step,) = read_metrics(tmp_path / "avg" / "simpo_output")
-    by_hand = [max(0, 1 - 3 * (w.s / w.n - l.s / l.n)) for w, l in slow_answers(make_llama(), NINE)]
-    assert step["loss"] == pytest.approx(mean(by_hand), rel=1e-5)
 
 
 # ========================================================================= training: the machinery
@@ -797,22 +854,6 @@ def test_two_processes_train_exactly_what_one_does(flags, in_fours, place, tmp_p
     torchrun(2, *source, *flags, "--output_dir", tmp_path / "two")
     assert len(steps_of(read_metrics(tmp_path / "two"))) == 3
     assert_same_training(in_fours, tmp_path / "two")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_prompts_computed_once_as_notebook_5_does_train_the_same(kind, in_fours, place, tmp_path):
-    """Catches answers that see each other, and a prompt that learns from one of them alone."""
-    cells = nbformat.read(HOUSE / "notebooks" / "5_faster.ipynb", as_version=4).cells
-    (source,) = [cell.source for cell in cells if cell.source.startswith("%%writefile")]
-    assert source.count("\n") <= 60
-    file, shown = tmp_path / "fast_simpo.py", tmp_path / "shown"
-    file.write_text(source.partition("\n")[2])
-    processes, flags = KINDS[kind][0], [*KINDS[kind][1], *FOURS]
-    flags += ["--model", place / "llama", "--output_dir", tmp_path / "out"]
-    flags += ["--dataset", place / "nine.jsonl", "--eval_dataset", place / "seven.jsonl"]
-    started = start(processes, shown, *flags, file=file)
-    assert codes(started) == [0] * processes, shown.read_text()[-3000:]
-    assert_same_training(in_fours, tmp_path / "out")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -893,12 +934,75 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
     write_model(tmp_path / "poisoned", model, tokenizer)
     data = write_jsonl(tmp_path / "data.jsonl", [*NINE[:4], chat("~", "a", "b"), *NINE[4:]])
     _, rows = run(tmp_path / "poisoned", data, tmp_path / "out", "--batch_size", 1, "--lr", 1e-3)
-    assert len(rows) == 10 and sum(not math.isfinite(row["loss"]) for row in rows) == 1
+    assert len(rows) == 10 and sum(row["loss"] is None for row in rows) == 1
     shown = capfd.readouterr().out
     assert len(re.findall(r"step \d+ skipped: loss nan, gradient norm nan", shown)) == 1
     weights = load_file(tmp_path / "out" / "model.safetensors")
     bad = {name: (~w.isfinite()).sum().item() for name, w in weights.items()}
     assert {name: n for name, n in bad.items() if n} == {"model.embed_tokens.weight": 32}
+
+
+def test_ten_skipped_steps_end_the_run_and_nothing_is_saved(place, tmp_path):
+    """Catches a run of which no step counts, and which ends as if it had trained."""
+    out = tmp_path / "out"
+    end = mistake(place, out, "--max_steps", 30, "--batch_size", 1, "--beta", "nan")
+    assert "ten steps in a row" in end and not (out / "config.json").exists()
+    assert [row["loss"] for row in read_metrics(out)] == [None] * 10
+
+
+# ========================================================================= models
+def make_granite(**options):
+    """It divides its logits; its embedding of id 0, that of padding, is zero."""
+    torch.manual_seed(4)
+    config = transformers.GraniteConfig(**SHAPE | LLAMA | options | {"pad_token_id": 0})
+    return transformers.GraniteForCausalLM(config).eval()
+
+
+def weights_of(folder, change):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def test_a_model_that_would_be_scored_wrongly_is_refused(place, tmp_path):
+    """Catches logits that are scaled behind the head, which an id with a zero row does not show,
+    weights that the file lacks, which are drawn at random, NaN, and ids beyond the embedding."""
+    names = ("scaled", "headless", "renamed", "nan", "small")
+    for name in names:
+        small = {"vocab_size": 200} if name == "small" else {}
+        model = make_granite(logits_scaling=8.0) if name == "scaled" else make_llama(**small)
+        write_model(tmp_path / name, model)
+    weights_of(tmp_path / "headless", lambda x: {k: w for k, w in x.items() if "head" not in k})
+    weights_of(tmp_path / "renamed", lambda x: {f"module.{k}": w for k, w in x.items()})
+    weights_of(tmp_path / "nan", lambda x: {k: w * math.nan for k, w in x.items()})
+    ends = [mistake(place, tmp_path / "out", "--model", tmp_path / name) for name in names]
+    assert "GraniteForCausalLM has NaN, scales logits" in ends[0]
+    assert "lacks 1 weights, such as lm_head.weight" in ends[1]
+    assert "lacks 21 weights" in ends[2] and "has NaN" in ends[3] and "more tokens" in ends[4]
+    write_model(tmp_path / "fine", make_granite(logits_scaling=1.0))
+    run(tmp_path / "fine", place / "nine.jsonl", tmp_path / "out", *STILL)
+
+
+def test_weights_without_gradient_are_left_out_and_said(tmp_path, place, capsys):
+    """Catches a router's bias under DDP, whose first step was not averaged and whose second one
+    crashed, and a run that could not be resumed."""
+    torch.manual_seed(5)
+    options = {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_layer_start_index": 0,
+    }
+    config = transformers.Ernie4_5_MoeConfig(**SHAPE | LLAMA | options)
+    write_model(tmp_path / "moe", transformers.Ernie4_5_MoeForCausalLM(config))
+    model, flags = ["--model", tmp_path / "moe"], [*FOURS, "--save_every", 1]
+    run(tmp_path / "moe", place / "nine.jsonl", tmp_path / "one", *flags)
+    assert "weights without gradient are not trained" in capsys.readouterr().out
+    torchrun(2, *model, "--dataset", place / "nine.jsonl", *flags, "--output_dir", tmp_path / "two")
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "one").rename(tmp_path / "whole")
+    (tmp_path / "two" / "config.json").unlink()  # as if it had been killed after its checkpoint
+    run(tmp_path / "moe", place / "nine.jsonl", tmp_path / "two", *flags, "--resume")
+    assert_same_training(tmp_path / "whole", tmp_path / "two")
 
 
 def test_the_saved_model_is_the_trained_one_in_a_fresh_process(place, tmp_path):
@@ -993,108 +1097,3 @@ def test_resuming_starts_goes_on_and_ends(place, tmp_path, capsys):
     assert simpo.main(command) == {} and "nothing left to do" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == written
     assert "holds a run" in mistake(place, out)
-
-
-# ========================================================================= mistakes
-def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
-    """Catches tracebacks for a typo in a path or a column, and a model that is overwritten."""
-    out = tmp_path / "out"
-    assert "no file" in mistake(place, out, "--dataset", tmp_path / "absent.jsonl")
-    better = write_jsonl(tmp_path / "columns.jsonl", [{"question": "Hi", "better": "a"}])
-    assert "and 'rejected', but has ['question'," in mistake(place, out, "--dataset", better)
-    nothing = write_jsonl(tmp_path / "nothing.jsonl", [chat("x", "a", "a")])
-    assert "no pair" in mistake(place, out, "--dataset", nothing)
-    assert "holds a run" in mistake(place, place / "llama")
-
-
-BAD_FLAGS = {  # flags -> what argparse must say
-    "--lr fast": ["--lr", "fast"],
-    "--loss sipmo": ["sipmo", "simpo", "dpo"],
-    "--dtype fp16": ["fp16", "bf16"],
-    "--batch 8": ["--batch"],  # no abbreviations
-    "--tau 0.1": ["tau", "simpo", "gamma"],
-    "--gamma 1 --loss orpo": ["gamma", "orpo", "lam"],
-    "--no_length_norm --loss dpo": ["no_length_norm", "dpo"],
-    "--model x": ["--dataset"],
-}
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_a_bad_flag_is_named(flags, capsys):
-    """Catches values that are taken and then mean nothing."""
-    with pytest.raises(SystemExit) as end:
-        simpo.main(flags.split())
-    shown = capsys.readouterr().err
-    assert end.value.code == 2 and shown.count("\n") == 2  # how it is used, and what is wrong
-    assert [word for word in BAD_FLAGS[flags] if word not in shown] == []
-
-
-# ========================================================================= the house
-HOUSE = SCRIPT.parent
-README = (HOUSE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-COMMANDS = re.findall(r"^ {4}.*simpo\.py(.*)$", README, re.MULTILINE)
-COMMANDS += re.findall(r"`python simpo\.py (.*?)`", README)
-RECIPE = r"`(--model .*? --beta ([\d.]+) --gamma ([\d.]+) --lr .*?)` \| ([\d.]+) \|"
-RECIPES = re.findall(RECIPE, README)  # [(flags, beta, gamma, gamma / beta)]
-COMMANDS += [flags for flags, _, _, _ in RECIPES]
-
-
-@pytest.mark.parametrize("command", [x for x in COMMANDS if "--help" not in x])
-def test_every_command_of_the_readme_is_understood(command):
-    """Catches a README that names flags of yesterday."""
-    args = vars(simpo.parse_args(shlex.split(command.split("&&")[0])))
-    args |= args["hyperparameters"]
-    words = shlex.split(command)
-    for flag, value in zip(words, [*words[1:], "--"]):
-        if flag.startswith("--") and not value.startswith("--"):
-            parsed = args[{"--lambda": "lam"}.get(flag, flag[2:])]
-            assert parsed == type(parsed)(value)
-
-
-def test_the_readmes_ratios_are_gamma_over_beta_of_its_recipes():
-    """Catches numbers for users of the official code that are not those of the recipes."""
-    assert len(RECIPES) == 6
-    for flags, beta, gamma, ratio in RECIPES:
-        assert float(ratio) == pytest.approx(float(gamma) / float(beta), abs=1e-9), flags
-
-
-NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-@every_notebook
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
-    """Catches what simpo.py has left behind, and claims that its asserts no longer bear out."""
-    nbclient.execute(nbformat.read(path, as_version=4), cwd=str(tmp_path), timeout=600)
-
-
-@every_notebook
-def test_the_stored_outputs_are_of_one_clean_run(path):
-    """Catches cells without output or run out of order, warnings, and a path of somebody's own."""
-    text = path.read_text(encoding="utf-8")
-    cells = nbformat.reads(text, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    outputs = [output for cell in code for output in cell.outputs]
-    assert 10 <= len(cells) <= 25 and len(text.encode()) < 1_500_000
-    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
-    assert all(x.output_type != "error" and x.get("name") != "stderr" for x in outputs)
-    assert sum("image/png" in x.get("data", {}) for x in outputs) >= 4
-    assert not re.search(r"/(root|home|Users|tmp|work|usr)/|[A-Z]:\\\\", text)
-
-
-def test_the_house_keeps_its_caps():
-    """Catches growth: a cap is kept by leaving out, never by packing or by loosening the cap."""
-    for name, cap in {"simpo.py": 600, "test_simpo.py": 1100, "README.md": 230}.items():
-        assert len((HOUSE / name).read_text(encoding="utf-8").splitlines()) <= cap, name
-    source = SCRIPT.read_text(encoding="utf-8")
-    lines = source.splitlines()
-    documented = sum(bool(re.search(r"(^|\s)# ", line)) for line in lines)
-    assert max(map(len, lines)) <= 100
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            cap = 60 if node.name in ("train", "main", "parse_args") else 40
-            assert node.end_lineno - node.lineno < cap, node.name
-        documentable = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if documentable and ast.get_docstring(node):
-            documented += node.body[0].end_lineno - node.body[0].lineno + 1
-    assert 0.17 <= documented / len(lines) <= 0.28

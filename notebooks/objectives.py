@@ -1,10 +1,9 @@
-"""simpo.py with ten more objectives: SFT, the others of the paper's Table 3, and two near SimPO.
+"""simpo.py with eleven more objectives: SFT, the rest of the paper's Table 3, three near SimPO.
 
     python notebooks/objectives.py --loss kto --beta 0.1 --model M --dataset D
     torchrun --nproc_per_node=8 notebooks/objectives.py --loss kto --model M --dataset D
 
 Those of Table 3 are as printed there; beside each stand its paper and the values that were tried.
-Notebook 2 shows what each one pulls at. To add yours, write a function and register it below.
 """
 
 import sys
@@ -79,6 +78,11 @@ def simpo_sums(chosen, rejected, *, beta=2.5, gamma=1.4):  # Table 5: no length 
     return losses, beta * chosen.logp, beta * rejected.logp
 
 
+def simpo_sft(chosen, rejected, *, beta=2.5, gamma=1.4, lam=0.05):  # SimPO with an SFT term
+    losses, chosen_rewards, rejected_rewards = simpo.simpo(chosen, rejected, beta=beta, gamma=gamma)
+    return losses - lam * chosen.avg_logp, chosen_rewards, rejected_rewards
+
+
 def alphapo(chosen, rejected, *, beta=2.5, gamma=1.4, alpha=0.25):  # arXiv:2501.03884
     # beta (1 - p^-alpha) / alpha, where p is exp(avg_logp); as alpha goes to 0 it becomes SimPO.
     chosen_rewards = -beta * torch.expm1(-alpha * chosen.avg_logp) / alpha
@@ -87,9 +91,9 @@ def alphapo(chosen, rejected, *, beta=2.5, gamma=1.4, alpha=0.25):  # arXiv:2501
     return losses, chosen_rewards, rejected_rewards
 
 
-simpo.OBJECTIVES |= {"sft": sft, "ipo": ipo, "orpo": orpo, "kto": kto, "cpo": cpo}
-simpo.OBJECTIVES |= {"rrhf": rrhf, "slic": slic, "rdpo": rdpo}
-simpo.OBJECTIVES |= {"simpo_sums": simpo_sums, "alphapo": alphapo}
+simpo.OBJECTIVES |= {"sft": sft, "ipo": ipo, "orpo": orpo, "kto": kto, "cpo": cpo, "rrhf": rrhf}
+simpo.OBJECTIVES |= {"slic": slic, "rdpo": rdpo, "alphapo": alphapo}
+simpo.OBJECTIVES |= {"simpo_sums": simpo_sums, "simpo_sft": simpo_sft}
 simpo.NEEDS_REFERENCE |= {"ipo", "kto", "rdpo"}  # they read ref_logp
 
 if __name__ == "__main__":

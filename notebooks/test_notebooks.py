@@ -1,0 +1,333 @@
+"""Tests of the files beside simpo.py: the objectives, the demo, the notebooks, and of the house.
+
+As in test_simpo.py, whose tools they use, expected numbers come from somewhere else: worked out by
+hand in plain floats, or by another process.
+"""
+
+import ast
+import importlib
+import math
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+HOUSE = Path(__file__).parents[1]
+sys.path[:0] = [str(HOUSE), str(HOUSE / "notebooks")]
+os.environ |= {"QUICK": "1", "MODEL": ""}  # of the notebooks
+
+import nbclient
+import nbformat
+import pytest
+import torch
+
+from test_simpo import (  # first, since it sets further variables
+    FOURS,
+    KINDS,
+    NINE,
+    README,
+    STILL,
+    Answer,
+    as_tensors,
+    assert_same_training,
+    chat,
+    codes,
+    free_port,
+    in_fours,
+    log_sigmoid,
+    make_llama,
+    make_tokenizer,
+    mistake,
+    nine_answers,
+    place,
+    read_metrics,
+    run,
+    simpo,
+    slow_answers,
+    start,
+    write_jsonl,
+    write_model,
+)
+
+importlib.import_module("objectives")  # adds its own to simpo.OBJECTIVES
+
+__all__ = ["in_fours", "nine_answers", "place"]  # fixtures
+
+# ========================================================================= objectives
+HYPER = {  # the defaults, written here a second time
+    "simpo": {"beta": 2.5, "gamma": 1.4},
+    "dpo": {"beta": 0.01},
+    "simpo_sums": {"beta": 2.5, "gamma": 1.4},
+    "alphapo": {"beta": 2.5, "gamma": 1.4, "alpha": 0.25},
+    "ipo": {"tau": 0.1},
+    "orpo": {"lam": 0.1},
+    "kto": {"beta": 0.1},
+    "cpo": {"beta": 0.1, "lam": 1.0},
+    "rrhf": {"lam": 1.0},
+    "slic": {"delta": 1.0, "lam": 1.0},
+    "rdpo": {"beta": 0.1, "alpha": 0.05},
+    "sft": {},
+    "simpo_sft": {"beta": 2.5, "gamma": 1.4, "lam": 0.05},
+}
+# And other values, no two of them equal.
+OTHERS = {name: {x: 0.3 + 0.4 * i for i, x in enumerate(own)} for name, own in HYPER.items()}
+REFERENCED = ("ipo", "kto", "rdpo")
+every_objective = pytest.mark.parametrize("name", HYPER)
+
+
+def objective_by_hand(name, pairs, beta=0, gamma=0, tau=0, lam=0, delta=0, alpha=0):
+    """Losses and both rewards of pairs in plain floats, from the formulas of the papers."""
+    z = beta * mean(x.s - x.ref for pair in pairs for x in pair)  # of KTO, over the micro-batch
+    results = []
+    for w, l in pairs:
+        a_w, a_l, r_w, r_l = w.s / w.n, l.s / l.n, w.s - w.ref, l.s - l.ref
+        if name in ("simpo", "simpo_sums", "simpo_sft", "alphapo"):
+            x_w, x_l = (w.s, l.s) if name == "simpo_sums" else (a_w, a_l)
+            if name == "alphapo":  # (1 - p^-alpha) / alpha in place of log p
+                x_w, x_l = ((1 - math.exp(a) ** -alpha) / alpha for a in (a_w, a_l))
+            loss = -log_sigmoid(beta * x_w - beta * x_l - gamma) - lam * a_w
+            row = loss, beta * x_w, beta * x_l
+        elif name == "dpo":
+            row = -log_sigmoid(beta * r_w - beta * r_l), beta * r_w, beta * r_l
+        elif name == "ipo":
+            row = (r_w - r_l - 1 / (2 * tau)) ** 2, tau * r_w, tau * r_l
+        elif name == "orpo":
+            odds = [math.log(math.exp(a) / (1 - math.exp(a))) for a in (a_w, a_l)]
+            row = -a_w - lam * log_sigmoid(odds[0] - odds[1]), a_w, a_l
+        elif name == "kto":
+            k_w, k_l = (
+                math.exp(log_sigmoid(x)) for x in (beta * r_w - max(z, 0), max(z, 0) - beta * r_l)
+            )
+            row = -k_w - k_l, beta * r_w, beta * r_l
+        elif name == "cpo":
+            row = -log_sigmoid(beta * w.s - beta * l.s) - lam * w.s, beta * w.s, beta * l.s
+        elif name == "rrhf":
+            row = max(0, a_l - a_w) - lam * w.s, a_w, a_l
+        elif name == "slic":
+            row = max(0, delta - w.s + l.s) - lam * w.s, w.s, l.s
+        elif name == "rdpo":
+            x_w, x_l = beta * r_w + alpha * w.n, beta * r_l + alpha * l.n
+            row = -log_sigmoid(x_w - x_l), x_w, x_l
+        else:
+            row = -a_w, a_w, a_l
+        results.append(row)
+    return results
+
+
+@every_objective
+@pytest.mark.parametrize("hyper", [HYPER, OTHERS], ids=["defaults", "others"])
+def test_each_objective_and_its_rewards_are_the_formulas_of_the_papers(name, hyper):
+    """Catches averages where sums belong, a wrong sign, a lost term, rewards of another method."""
+    likely, long, rare = Answer(-0.4, -0.2, 1), Answer(-3.1, -2.9, 9), Answer(-2.5, -4.0, 3)
+    pairs = [(likely, long), (long, rare), (rare, likely)]
+    given = {} if hyper is HYPER else hyper[name]  # the defaults are those of the file
+    results = simpo.OBJECTIVES[name](*as_tensors(pairs)[0], **given)
+    expected = zip(*objective_by_hand(name, pairs, **hyper[name]))
+    for result, numbers in zip(results, expected, strict=True):
+        assert result.tolist() == pytest.approx(list(numbers), rel=2e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", simpo.OBJECTIVES)
+def test_losses_and_gradients_are_finite_from_certain_to_hopeless_answers(name):
+    """Catches ORPO's log(1 - p) at p = 1, an overflow at a sum of -100,000, and no gradient."""
+    extremes = [-1e-8, -1e-6, -1e-3, -0.7, -7.0, -50.0]
+    kinds = [Answer(a * n, a * n * f, n) for a in extremes for n in (1, 2000) for f in (1, 0.5, 2)]
+    sides, leaves = as_tensors([(w, l) for w in kinds for l in kinds])
+    losses = simpo.OBJECTIVES[name](*sides)[0]
+    assert losses.dtype == torch.float32 and losses.isfinite().all()
+    losses.sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves if x.grad is not None)
+    assert leaves[0].grad.abs().sum() > 0
+
+
+@every_objective
+def test_each_objective_trains_and_reports_itself(name, nine_answers, place, tmp_path):
+    """Catches flags that do not arrive, and a reference that is not the starting policy."""
+    flags = [x for key, value in OTHERS[name].items() for x in (FLAGS.get(key, f"--{key}"), value)]
+    flags = ["--loss", name, *flags, *STILL]
+    _, (step,) = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
+    losses, chosen, rejected = zip(*objective_by_hand(name, nine_answers, **OTHERS[name]))
+    expected = {"loss": mean(losses), "rewards/chosen": mean(chosen)}
+    expected["rewards/rejected"] = mean(rejected)
+    assert {key: step[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+FLAGS = {"lam": "--lambda"}
+
+
+def test_objectives_train_by_torchrun_what_one_process_does(place, tmp_path):
+    """Catches a file that works alone, or names that other processes do not know."""
+    flags = [*FOURS, "--loss", "kto", "--beta", "0.3", "--micro_batch_tokens", "1"]
+    flags += ["--model", place / "llama", "--dataset", place / "nine.jsonl"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}"]
+    for processes, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        file = HOUSE / "notebooks" / "objectives.py"
+        command = [*torchrun, f"--nproc_per_node={processes}", file, *flags, "--output_dir", out]
+        command = [str(word) for word in command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    # KTO's z is of a micro-batch: with one pair in each, two processes have the same.
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_demo_learns_and_its_judge_sees_it(tmp_path, monkeypatch, capsys):
+    """Catches a demo that simpo.py does not find, or whose flags do not arrive."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["simpo.py", "--max_steps", "20", "--lr", "2e-4"])
+    last = simpo.main()
+    before, *steps, after = read_metrics("simpo_demo")
+    assert len(steps) == 20 and steps[2]["lr"] == 2e-4
+    assert after["eval/win_rate"] == last["eval/win_rate"] > before["eval/win_rate"] + 0.1
+    assert "win rate" in capsys.readouterr().out
+    simpo.main(["--max_steps", "1"])  # it clears its own folder
+
+
+def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, monkeypatch):
+    """Catches a table that is copied on import, an example that nobody has run, and one that reads
+    a reference which nobody has scored, and trains on."""
+    (example,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    main = simpo.main
+    flags = ["--model", str(place / "llama"), "--dataset", str(place / "nine.jsonl"), *STILL]
+    monkeypatch.setattr(simpo, "OBJECTIVES", dict(simpo.OBJECTIVES))  # forgets it afterwards
+    monkeypatch.setattr(simpo, "main", lambda argv: main(argv + flags))
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(example)
+    runpy.run_path("own.py")
+    (step,) = read_metrics(tmp_path / "simpo_output")
+    by_hand = [max(0, 1 - 3 * (w.s / w.n - l.s / l.n)) for w, l in slow_answers(make_llama(), NINE)]
+    assert step["loss"] == pytest.approx(mean(by_hand), rel=1e-5)
+    shutil.rmtree("simpo_output")
+    Path("own.py").write_text(example.replace(".avg_logp", ".ref_logp"))
+    with pytest.raises(TypeError, match="NoneType"):
+        runpy.run_path("own.py")
+
+
+# ========================================================================= notebooks
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_computed_once_as_notebook_5_does_train_the_same(kind, in_fours, place, tmp_path):
+    """Catches answers that see each other, and a prompt that learns from one of them alone."""
+    cells = nbformat.read(HOUSE / "notebooks" / "5_faster.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if cell.source.startswith("%%writefile")]
+    assert source.count("\n") <= 60
+    file, shown = tmp_path / "fast_simpo.py", tmp_path / "shown"
+    file.write_text(source.partition("\n")[2])
+    processes, flags = KINDS[kind][0], [*KINDS[kind][1], *FOURS]
+    flags += ["--model", place / "llama", "--output_dir", tmp_path / "out"]
+    flags += ["--dataset", place / "nine.jsonl", "--eval_dataset", place / "seven.jsonl"]
+    started = start(processes, shown, *flags, file=file)
+    assert codes(started) == [0] * processes, shown.read_text()[-3000:]
+    assert_same_training(in_fours, tmp_path / "out")
+
+
+NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@every_notebook
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
+    """Catches what simpo.py has left behind, and claims that its asserts no longer bear out."""
+    nbclient.execute(nbformat.read(path, as_version=4), cwd=str(tmp_path), timeout=600)
+
+
+@every_notebook
+def test_the_stored_outputs_are_of_one_clean_run(path):
+    """Catches cells without output or run out of order, warnings, and a path of somebody's own."""
+    text = path.read_text(encoding="utf-8")
+    cells = nbformat.reads(text, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert 10 <= len(cells) <= 25 and len(text.encode()) < 1_500_000
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert all(x.output_type != "error" and x.get("name") != "stderr" for x in outputs)
+    assert sum("image/png" in x.get("data", {}) for x in outputs) >= 4
+    assert not re.search(r"/(root|home|Users|tmp|work|usr)/|[A-Z]:\\\\", text)
+
+
+# ========================================================================= the house
+COMMANDS = re.findall(r"^ {4}.*simpo\.py(.*)$", README, re.MULTILINE)
+COMMANDS += re.findall(r"`python simpo\.py (.*?)`", README)
+RECIPE = r"`(--model .*? --beta ([\d.]+) --gamma ([\d.]+) --lr .*?)` \| ([\d.]+) \|"
+RECIPES = re.findall(RECIPE, README)  # [(flags, beta, gamma, gamma / beta)]
+COMMANDS += [flags for flags, _, _, _ in RECIPES]
+
+
+@pytest.mark.parametrize("command", [x for x in COMMANDS if "--help" not in x])
+def test_every_command_of_the_readme_is_understood(command):
+    """Catches a README that names flags of yesterday."""
+    args = vars(simpo.parse_args(shlex.split(command.split("&&")[0])))
+    args |= args["hyperparameters"]
+    words = shlex.split(command)
+    for flag, value in zip(words, [*words[1:], "--"]):
+        if flag.startswith("--") and not value.startswith("--"):
+            parsed = args[flag[2:]]
+            assert parsed == type(parsed)(value)
+
+
+def test_the_readmes_ratios_are_gamma_over_beta_of_its_recipes():
+    """Catches numbers for users of the official code that are not those of the recipes."""
+    assert len(RECIPES) == 6
+    for flags, beta, gamma, ratio in RECIPES:
+        assert float(ratio) == pytest.approx(float(gamma) / float(beta), abs=1e-9), flags
+
+
+def test_the_house_keeps_its_caps():
+    """Catches growth: a cap is kept by leaving out, never by packing or by loosening the cap."""
+    caps = {"simpo.py": 600, "test_simpo.py": 1100, "README.md": 230}
+    caps |= {"notebooks/test_notebooks.py": 350}
+    caps |= {f"notebooks/{name}.py": 100 for name in ("demo", "objectives")}
+    for name, cap in caps.items():
+        assert len((HOUSE / name).read_text(encoding="utf-8").splitlines()) <= cap, name
+    source = (HOUSE / "simpo.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    documented = sum(bool(re.search(r"(^|\s)# ", line)) for line in lines)
+    assert max(map(len, lines)) <= 100
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            cap = 60 if node.name in ("train", "main", "parse_args") else 40
+            assert node.end_lineno - node.lineno < cap, node.name
+        documentable = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documentable and ast.get_docstring(node):
+            documented += node.body[0].end_lineno - node.body[0].lineno + 1
+    assert 0.17 <= documented / len(lines) <= 0.28
+
+
+def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
+    """Catches tracebacks for a typo in a path or a column, and a model that is overwritten."""
+    out = tmp_path / "out"
+    for name in ("absent.jsonl", "empty.jsonl", "data.tsv"):
+        if name != "absent.jsonl":
+            (tmp_path / name).write_text("a\tb" if name == "data.tsv" else "")
+        assert "no file, an empty one" in mistake(place, out, "--dataset", tmp_path / name)
+    better = write_jsonl(tmp_path / "columns.jsonl", [{"question": "Hi", "better": "a"}])
+    assert "and 'rejected', but has ['question'," in mistake(place, out, "--dataset", better)
+    nothing = write_jsonl(tmp_path / "nothing.jsonl", [chat("x", "a", "a")])
+    assert "no pair" in mistake(place, out, "--dataset", nothing)
+    assert "holds a run" in mistake(place, place / "llama")
+    write_model(tmp_path / "no_eos", tokenizer=make_tokenizer(eos=None))
+    assert "without EOS" in mistake(place, out, "--model", tmp_path / "no_eos")
+
+
+BAD_FLAGS = {  # flags -> what argparse must say
+    "--lr fast": ["--lr", "fast"],
+    "--loss sipmo": ["sipmo", "simpo", "dpo"],
+    "--dtype fp16": ["fp16", "bf16"],
+    "--batch 8": ["--batch"],  # no abbreviations
+    "--tau 0.1": ["--tau"],
+    "--gamma 1 --loss dpo": ["--gamma"],
+    "--model x": ["--dataset"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_bad_flag_is_named(flags, capsys):
+    """Catches values that are taken and then mean nothing."""
+    with pytest.raises(SystemExit) as end:
+        simpo.main(flags.split())
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and shown.count("\n") == 2  # how it is used, and what is wrong
+    assert [word for word in BAD_FLAGS[flags] if word not in shown] == []
