@@ -82,7 +82,7 @@ NEEDS_REFERENCE = {"dpo"}  # those that read ref_logp; for the others it is None
 
 # ------------------------------------------------------------------------------ log-likelihood
 class ResponseLogps(nn.Module):
-    """Scores answers with a causal language model. DDP or FSDP2 wraps it, not the model alone."""
+    """Scores answers with a causal language model. DDP and FSDP2 wrap it, not the model inside."""
 
     def __init__(self, model, chunk=1024):
         super().__init__()
@@ -122,7 +122,7 @@ class ResponseLogps(nn.Module):
 
 
 # ------------------------------------------------------------------------------ data
-Dropped = jinja2.TemplateError  # why no model can learn from a pair; templates raise it, too
+Dropped = jinja2.TemplateError  # raised by templates that refuse a row, and by us for one to skip
 
 
 def split_row(row):
@@ -142,34 +142,35 @@ def split_row(row):
         texts = [message.get("content") for message in side]
         if not all(isinstance(x, str) for x in texts) or side[-1].get("role") != "assistant":
             raise ValueError(f"messages have texts, and end in one of the assistant: {side!s:.300}")
-    prompts = [[(x.get("role"), x["content"]) for x in side[:-1]] for side in (chosen, rejected)]
-    if not prompts[0] or prompts[0] != prompts[1]:  # other keys, such as an id, may differ
-        raise Dropped("no prompt, or two different ones")
+    parts = (chosen[:-1], rejected[:-1], prompt if isinstance(prompt, list) else [])
+    turns = [[(x.get("role"), x["content"]) for x in part] for part in parts]
+    if not turns[0] or turns[0] != turns[1] or turns[0][: len(turns[2])] != turns[2]:
+        raise Dropped("no prompt, or different ones")  # other keys, such as an id, may differ
     return chosen[:-1], chosen[-1], rejected[-1]
 
 
 def render(prompt, chosen, rejected, tokenizer):
     """Messages, as the chat template writes them -> four texts: the header, all that the model sees
-    before it answers; both answers, which are scored; what follows an answer."""
+    before it answers; the chosen and the rejected answer, which are scored; what follows each."""
     template = tokenizer.apply_chat_template
     header = template(prompt, tokenize=False, add_generation_prompt=True)
     mark = {"role": "assistant", "content": "@answer@"}  # shows what is written around an answer
     texts = [template([*prompt, answer], tokenize=False) for answer in (mark, chosen, rejected)]
     before, _, after = texts.pop(0).rpartition("@answer@")
-    if not all(text.startswith(before) for text in texts):
-        before = header  # an answer that thinks stands where others have an empty <think></think>
+    if before.removeprefix(header).isspace() or not all(x.startswith(before) for x in texts):
+        before = header  # white space is scored, and an empty <think> beside one that is not
     for text in texts:
         if not text.startswith(before) or not text[len(before) :].endswith(after):
             raise Dropped(
                 f"the template ends in {text[-40:]!r}, not {before[-20:]!r} ... {after!r}"
             )
     answers = [text[len(before) : len(text) - len(after)] for text in texts]
-    # A template may write more before an answer than it does to ask for one, or less: a <think>.
-    # But if it writes another prompt, as Mistral v3 with a system prompt, the model sees the first.
+    # The prompt ends where the answer begins: with a <think> that is written there, or without one.
+    # But if the two have different prompts (Mistral v3, system), the model answers the first.
     if before.startswith(header) or header.startswith(before):
         header = before
     if before.rstrip().endswith(after.strip()):
-        after = ""  # a template that ends each text with the next header ends no turn
+        after = ""  # it is the header of the next answer, and no end of turn
     return header, *answers, after
 
 
@@ -198,10 +199,10 @@ def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
         together = tokenizer.encode(header + text, **alone)
         if together[: len(prompt_ids)] == prompt_ids:
             ids.append(together[len(prompt_ids) :] + end)
-        else:  # a token would have letters of both
+        else:  # header and answer share a token: encode the answer alone
             ids.append(tokenizer.encode(text, **alone) + end)
     if is_text and tokenizer.encode("a")[:1] == [bos] != prompt_ids[:1]:
-        prompt_ids = [bos] + prompt_ids  # a tokenizer that adds it; chat templates write it
+        prompt_ids = [bos] + prompt_ids  # as the tokenizer would; chat templates write their own
     room = max_length - len(prompt_ids)
     if not header or not all(text.strip() for text in answers):
         return "an empty prompt or answer"
@@ -239,12 +240,12 @@ def load_rows(source, split, args):
     if not kind and not path.is_file():
         return datasets.load_dataset(source, args.dataset_config, split=split)
     if not kind or not path.is_file() or path.stat().st_size == 0 or set("*?[]") & set(str(path)):
-        sys.exit(f"simpo.py: no file, an empty one, none of {[*kinds]}, or one of *?[] in {path}")
+        sys.exit(f"simpo.py: {path}: no such file, or it is empty, none of {[*kinds]}, or has *?[]")
     return datasets.load_dataset(kind, data_files=str(path), split=split)
 
 
 def load_pairs(source, split, tokenizer, args):
-    """What load_rows takes -> tokenized pairs, in files that are mapped. Says what it leaves out."""
+    """What load_rows takes -> tokenized pairs, in mapped files. Says what is dropped or not read."""
     from datasets import Features, List, Value, fingerprint
 
     if LOCAL_RANK > 0:  # the first process of a machine tokenizes, the others read its cache
@@ -319,7 +320,7 @@ def parse_args(argv):
     add("--gradient_checkpointing", bool, False, "keep fewer activations, compute them twice")
     add("--shard", bool, False, "spread a model too big for one GPU over those of torchrun")
     add("--seed", int, 0, "fixes the order of pairs, and the demo")
-    add("--dtype", str, "bf16" if ON_GPU else "fp32", "of products", choices=["bf16", "fp32"])
+    add("--dtype", str, "bf16" if ON_GPU else "fp32", "matrix products", choices=["bf16", "fp32"])
     add("--output_dir", str, "simpo_output", "folder for the model, metrics and checkpoints")
     add("--save_every", int, 100, "steps between checkpoints, 0: none")
     add("--resume", bool, False, "go on from the last checkpoint; other flags as before")
@@ -333,7 +334,7 @@ def parse_args(argv):
 
 # ------------------------------------------------------------------------------ runtime
 def load(args):
-    """What args name -> tokenizer, model (on the CPU, in its file's dtype), pairs, held-out pairs."""
+    """Flags -> tokenizer, model (on the CPU, in its file's dtype), pairs, held-out pairs."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     usual = transformers.PreTrainedTokenizerBase.apply_chat_template
     if tokenizer.eos_token_id is None or type(tokenizer).apply_chat_template is not usual:
@@ -353,7 +354,7 @@ def load(args):
     model.eval()  # in training too: policy and reference have to agree
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():  # it asks for .training in layers, dropout mostly deeper
+        for module in model.modules():  # only layers train, so that they checkpoint; dropout is off
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
     return tokenizer, model, pairs, held_out
 
@@ -372,8 +373,8 @@ def wrap(policy, args):
     rows = policy.model.get_input_embeddings().weight.shape[0]
     ids = torch.linspace(rows // 10, rows - 1, 12, device=DEVICE).long()[None]  # [1, 12]
     with torch.no_grad():
-        policy.check(ids, 1e-3 if args.dtype == "fp32" else 0.05)
-    policy(ids, ids >= 0).sum().backward()
+        policy.check(ids, 0.05 if args.shard and args.dtype == "bf16" else 1e-3)
+    policy(ids, ids >= 0).sum().backward()  # shows which weights get a gradient
     frozen = [name for name, weight in policy.named_parameters() if weight.grad is None]
     for weight in policy.parameters():
         weight.requires_grad_(weight.grad is not None)
@@ -442,8 +443,8 @@ def load_checkpoint(folder, policy, optimizer):
 
 # ------------------------------------------------------------------------------ training
 def micro_batches(pairs, most_tokens):
-    """Cut pairs into passes of (indices of pairs, weights), as many for each process; the longest
-    first, to pad little. A process without a pair repeats another's, with weight 0."""
+    """Cut pairs into passes of (indices of pairs, weights), equally many for each process; the
+    longest first, to pad little. A process without a pair repeats another's, with weight 0."""
     rows = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     order = sorted(range(len(rows)), key=lambda index: -rows[index])
     passes, longest = [], 0
@@ -492,7 +493,7 @@ def log(row, out):  # JSON has no NaN
 
 
 def train(policy, optimizer, pairs, ref_logps, args, done, steps, out):
-    """Train in place from step done + 1 on. Warm-up begins at lr 0: its first step does nothing."""
+    """Train in place from step done + 1 on. The first warm-up step has lr 0 and changes nothing."""
     make_schedule = transformers.get_cosine_schedule_with_warmup  # or get_linear_...
     schedule = make_schedule(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
@@ -500,9 +501,8 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, out):
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK > 0)
     for step in bar:
         started = time.perf_counter()
-        # Draw pairs. Each epoch has an order of its own, which follows from the seed.
         epoch, place = divmod(step - 1, per_epoch)
-        shuffle = torch.Generator().manual_seed(args.seed + epoch)
+        shuffle = torch.Generator().manual_seed(args.seed + epoch)  # an order for each epoch
         drawn = torch.randperm(len(pairs), generator=shuffle).split(args.batch_size)[place]
         batch = [pairs[i] for i in drawn.tolist()]
         passes = micro_batches(batch, args.micro_batch_tokens)
@@ -546,7 +546,7 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, out):
 
 
 def main(argv=None, start=None, on_evaluate=lambda model, step: {}):
-    """Train as argv says, or from what `load` returns as start -> metrics of the last evaluation."""
+    """Train as argv says; start replaces what `load` returns. -> metrics of the last evaluation."""
     args = parse_args(argv)
     if args.model is None and start is None:
         sys.path.insert(0, str(Path(__file__).parent / "notebooks"))

@@ -511,9 +511,11 @@ ENDLESS = (  # each text ends with the header of an answer
     "{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>' + m.content }}{% endfor %}"
     "<|header|>assistant<|/header|>"
 )
+SPACED = MISTRAL.replace("{{ bos_token }}", "").replace("{{ m.content", "{{ ' ' + m.content")
 CHANNELED = "<|im_start|>user<|/header|>Hi?<|eot|><|im_start|>assistant<|header|>final<|/header|>"
 NEWLINES = {"merges": [("Ċ", "Ċ")]}
 MISTRAL_3 = {"template": LATE, "eos": "</s>"}
+WORDS = {"template": SPACED, "eos": "</s>", "merges": [("Ġ", "S")]}
 Kind = namedtuple("Kind", "tokenizer before end answer other", defaults=["So.", "No!"])
 KINDS_OF_TEMPLATES = {  # arguments of make_tokenizer, the prompt's text, the end, both answers
     "a token spelled in the answer": Kind({}, USER, "<|im_end|>", "Write <s> or <|eot|>."),
@@ -533,7 +535,7 @@ KINDS_OF_TEMPLATES = {  # arguments of make_tokenizer, the prompt's text, the en
         "<think>\n\n</think>\n\nNo!",
     ),
     "a channel before the answer": Kind({"template": CHANNEL}, CHANNELED, "<|eot|>"),
-    "a system prompt in the last turn": Kind(MISTRAL_3, "[INST]Be kind. Hi?[/INST]", "</s>"),
+    "white space before the answer": Kind(WORDS, "[INST] Hi? [/INST]", "</s>", " So.", " No!"),
     "no end of turn but the next header": Kind(
         {"template": ENDLESS, "eos": "</s>"},
         "<|header|>system<|/header|>Be kind.<|header|>user<|/header|>Hi?<|header|>assistant<|/header|>",
@@ -554,7 +556,7 @@ def test_what_is_scored_is_the_answer_and_its_end_whatever_the_template_does(nam
     more tokens when an answer follows, and a prompt that has lost its system message."""
     kind = KINDS_OF_TEMPLATES[name]
     tokenizer = make_tokenizer(**kind.tokenizer)
-    row = chat("Hi?", kind.answer, "No!")
+    row = chat("Hi?", kind.answer.strip(" "), "No!")
     if "Be kind" in kind.before:
         row["prompt"] = [{"role": "system", "content": "Be kind."}, *row["prompt"]]
     pair = tokenize(row, tokenizer)
@@ -588,7 +590,8 @@ OTHER_PROMPT = [{"role": "user", "content": "Bye?"}, GOOD["rejected"][0]]
 RAISING = "{{ raise_exception('roles must alternate') }}"
 REWRITING = CHATML + "{{ '(the end)' if 'Hello' in messages[-1].content }}"
 DROPS = {  # what is dropped -> (row, template, a word of the reason)
-    "different prompts": (CHAT_SIDES | {"rejected": OTHER_PROMPT}, CHATML, "two different"),
+    "different prompts": (CHAT_SIDES | {"rejected": OTHER_PROMPT}, CHATML, "different ones"),
+    "another prompt beside": (CHAT_SIDES | {"prompt": OTHER_PROMPT[:1]}, CHATML, "different ones"),
     "no prompt": (GOOD | {"prompt": []}, CHATML, "no prompt"),
     "an empty text as prompt": (texts("", "a", "b"), CHATML, "empty prompt"),
     "an empty answer": (chat("Hi?", "", "Go"), CHATML, "empty"),
@@ -718,9 +721,7 @@ def test_all_file_formats_give_the_same_pairs(place, tmp_path):
     assert len(simpo.load_pairs(str(tmp_path / "two"), "train", tokenizer, args)) == 7
 
 
-def test_pairs_are_tokenized_once_and_again_when_the_code_has_changed(
-    place, tmp_path, monkeypatch, capfd
-):
+def test_pairs_are_tokenized_once_and_again_when_code_has_changed(tmp_path, monkeypatch, capfd):
     """Catches a cache that is never asked, that outlives its code, tokenizer or lengths, and a
     second process of the machine that tokenizes, too."""
     calls = tmp_path / "calls"

@@ -1,5 +1,5 @@
-"""The demo that `python simpo.py` trains when no --model is given: a tiny language model, pairs that
-prefer one kind of its answers, and a judge that knows which answers are right. No network."""
+"""The demo that `python simpo.py` trains when no --model is given: a tiny language model, pairs
+that prefer one kind of its answers, and a judge that knows which answers are right. No network."""
 
 import random
 import shutil

@@ -302,7 +302,7 @@ def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
     for name in ("absent.jsonl", "empty.jsonl", "data.tsv"):
         if name != "absent.jsonl":
             (tmp_path / name).write_text("a\tb" if name == "data.tsv" else "")
-        assert "no file, an empty one" in mistake(place, out, "--dataset", tmp_path / name)
+        assert "no such file, or it is empty" in mistake(place, out, "--dataset", tmp_path / name)
     better = write_jsonl(tmp_path / "columns.jsonl", [{"question": "Hi", "better": "a"}])
     assert "and 'rejected', but has ['question'," in mistake(place, out, "--dataset", better)
     nothing = write_jsonl(tmp_path / "nothing.jsonl", [chat("x", "a", "a")])
