@@ -245,7 +245,7 @@ def load_rows(source, split, args):
 
 
 def load_pairs(source, split, tokenizer, args):
-    """What load_rows takes -> tokenized pairs, in mapped files. Says what is dropped or not read."""
+    """What load_rows takes -> tokenized pairs, in mapped files. Says what is left out."""
     from datasets import Features, List, Value, fingerprint
 
     if LOCAL_RANK > 0:  # the first process of a machine tokenizes, the others read its cache
