@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import jinja2
 import torch
@@ -126,8 +127,7 @@ Dropped = jinja2.TemplateError  # raised by templates that refuse a row, and by 
 
 
 def split_row(row):
-    """A row in a format of the README -> prompt, chosen, rejected: three texts; or a list of
-    messages, and two messages of the assistant."""
+    """A row in README's formats -> prompt, chosen, rejected: texts, or a list and two messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         if chosen.startswith("[{") and "'role'" in chosen.replace('"', "'"):
@@ -230,8 +230,7 @@ def collate(pairs, pad_token_id=0):
     return {"input_ids": rows.to(DEVICE), "scored": scored.to(DEVICE)}
 
 
-def load_rows(source, split, args):
-    """A hub id, a folder or a file -> its rows."""
+def load_rows(source, split, args):  # of a hub id, a folder or a file
     import datasets  # here, so that the rest works without it
 
     path = Path(source).absolute()
@@ -532,10 +531,11 @@ def train(policy, optimizer, pairs, ref_logps, args, done, steps, out):
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
         tokens = sum(len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch)
-        row = {"step": step, "epoch": step / per_epoch, **means, "grad_norm": norm}
-        row |= {"lr": schedule.get_last_lr()[0], "step_seconds": seconds}
+        unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss, in bytes
+        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * unit
+        row = {"step": step, "epoch": step / per_epoch, **means, "peak_memory_gib": peak / 2**30}
+        row |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0], "step_seconds": seconds}
         row |= {"pairs_per_second": len(batch) / seconds, "tokens_per_second": tokens / seconds}
-        row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
         log(row, out)
         if skipped == 10:
             sys.exit("simpo.py: ten steps in a row were skipped; nothing is saved")
