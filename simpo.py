@@ -158,12 +158,10 @@ def render(prompt, chosen, rejected, tokenizer):
     texts = [template([*prompt, answer], tokenize=False) for answer in (mark, chosen, rejected)]
     before, _, after = texts.pop(0).rpartition("@answer@")
     if before.removeprefix(header).isspace() or not all(x.startswith(before) for x in texts):
-        before = header  # white space is scored, and an empty <think> beside one that is not
+        before = header  # then white space, or an empty <think> beside a full one, is scored
     for text in texts:
         if not text.startswith(before) or not text[len(before) :].endswith(after):
-            raise Dropped(
-                f"the template ends in {text[-40:]!r}, not {before[-20:]!r} ... {after!r}"
-            )
+            raise Dropped(f"template ends in {text[-40:]!r}, not {before[-20:]!r} ... {after!r}")
     answers = [text[len(before) : len(text) - len(after)] for text in texts]
     # The prompt ends where the answer begins: with a <think> that is written there, or without one.
     # But if the two have different prompts (Mistral v3, system), the model answers the first.
@@ -183,7 +181,8 @@ def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
         header, *answers = split_row(row)
         is_text = isinstance(header, str)
         if is_text:
-            answers, after = [text.removesuffix(tokenizer.eos_token) for text in answers], ""
+            answers = [text.removesuffix(tokenizer.eos_token) for text in answers]
+            after = ""
         else:
             header, *answers, after = render(header, *answers, tokenizer)
     except Dropped as reason:
@@ -201,7 +200,7 @@ def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
             ids.append(together[len(prompt_ids) :] + end)
         else:  # header and answer share a token: encode the answer alone
             ids.append(tokenizer.encode(text, **alone) + end)
-    if is_text and tokenizer.encode("a")[:1] == [bos] != prompt_ids[:1]:
+    if is_text and bos in tokenizer.encode("a")[:1] and bos not in prompt_ids[:1]:
         prompt_ids = [bos] + prompt_ids  # as the tokenizer would; chat templates write their own
     room = max_length - len(prompt_ids)
     if not header or not all(text.strip() for text in answers):
@@ -408,7 +407,8 @@ def find_checkpoint(out, args):
     free = {"resume", "shard", "gradient_checkpointing", "micro_batch_tokens", "save_every"}
     if args.resume and (found := [*out.glob("checkpoint-[0-9]*")]):
         then = json.loads((out / "simpo_run.json").read_text())
-        if other := [name for name in flags if name not in free and flags[name] != then.get(name)]:
+        other = [name for name in flags if name not in free and flags[name] != then.get(name)]
+        if other:
             sys.exit(f"simpo.py: the run in {out} had other {other}")
         return max(found, key=lambda path: int(path.name[11:]))
     if RANK == 0:
