@@ -8,11 +8,11 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
     torchrun --nproc_per_node=8 simpo.py --model M --dataset D    # eight GPUs
 
 A pair's way: split_row -> render -> tokenize_pair -> collate -> ResponseLogps -> an objective.
-Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
+The loop is `fit`. Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
 is the paper's; their gamma_beta_ratio is gamma / beta. (3) What is scored begins after the header
-of the answer and ends with one end of turn. (4) Answers may be cut, prompts not: a long prompt or
-an empty answer drops the pair. (5) Metrics cover all pairs of all processes.
+of the answer and ends with one end of turn. (4) Answers may be cut; a prompt that is too long drops
+its pair, as an empty answer does. (5) Metrics cover all pairs of all processes.
 """
 
 import argparse
@@ -22,15 +22,16 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-import jinja2
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from jinja2 import TemplateError as Dropped  # a template refuses a row, or we skip it
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -48,20 +49,20 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if ON_GPU else torch.device("cpu")
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta=2.5, gamma=1.4):
     """SimPO's loss of each pair, [B] (arXiv:2405.14734, Eq. 6). *_avg_logps [B]: log pi(y|x) / |y|,
     in nats. beta makes rewards of them; the chosen answer must win by the margin gamma."""
-    chosen_rewards = beta * chosen_avg_logps
-    rejected_rewards = beta * rejected_avg_logps
-    return -nn.functional.logsigmoid(chosen_rewards - rejected_rewards - gamma)
+    margins = beta * chosen_avg_logps - beta * rejected_avg_logps
+    return -nn.functional.logsigmoid(margins - gamma)
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7). *_logps [B]: sums, in nats."""
+    """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7). *_logps [B]: sums, in nats. The first
+    loss is ln 2, since the policy starts as the reference."""
     chosen_logratios = chosen_logps - ref_chosen_logps
     rejected_logratios = rejected_logps - ref_rejected_logps
     return -nn.functional.logsigmoid(beta * (chosen_logratios - rejected_logratios))
 
 
-# Objectives: functions of the chosen and the rejected answers of B pairs that return losses, chosen
-# rewards and rejected rewards, each [B]. What stands behind the * becomes a flag with its default.
+# An objective takes the chosen and the rejected answers of B pairs -> losses, chosen rewards and
+# rejected rewards, each [B], rewards without gamma. What stands behind the * becomes a flag.
 Answers = namedtuple("Answers", "logp avg_logp ref_logp length")  # avg_logp is logp / length
 
 
@@ -83,15 +84,17 @@ NEEDS_REFERENCE = {"dpo"}  # those that read ref_logp; for the others it is None
 
 # ------------------------------------------------------------------------------ log-likelihood
 class ResponseLogps(nn.Module):
-    """Scores answers with a causal language model. DDP and FSDP2 wrap it, not the model inside."""
+    """Scores answers with a causal language model. FSDP2 wraps it, not the model inside."""
 
-    def __init__(self, model, chunk=1024):
+    def __init__(self, model, most_logits=2**27 if ON_GPU else 2**23):  # in fp32 512 or 32 MiB
         super().__init__()
         self.model = model
-        self.chunk = chunk  # how many answer tokens have their logits, [chunk, V], at one time
+        # How many answer tokens have their logits, [chunk, V], at one time.
+        self.chunk = max(1, most_logits // model.config.get_text_config().vocab_size)
 
     def hidden_states(self, input_ids, scored):  # -> [2B, T, D]; a faster pass can replace it
-        return getattr(self.model, "model", self.model.base_model)(input_ids, use_cache=False)[0]
+        body = self.model.model if hasattr(self.model, "model") else self.model.base_model
+        return body(input_ids, use_cache=False)[0]
 
     def logits(self, hidden):
         head = self.model.get_output_embeddings()
@@ -103,8 +106,8 @@ class ResponseLogps(nn.Module):
         ours = self.logits(self.hidden_states(ids, None))
         own = self.model(ids, use_cache=False).logits.float()
         own_of_five = self.model(ids[:, :5], use_cache=False).logits.float()
-        wrong = max((ours - own).abs().max(), (own[:, :5] - own_of_five).abs().max())
-        if not wrong <= tolerance * own.abs().max():  # NaN, too
+        difference = max((ours - own).abs().max(), (own[:, :5] - own_of_five).abs().max())
+        if not difference <= tolerance * own.abs().max():  # NaN is not, either
             sys.exit(f"simpo.py: {type(self.model).__name__} has NaN, scales logits or looks ahead")
 
     def token_logps(self, hidden, targets):
@@ -123,13 +126,10 @@ class ResponseLogps(nn.Module):
 
 
 # ------------------------------------------------------------------------------ data
-Dropped = jinja2.TemplateError  # raised by templates that refuse a row, and by us for one to skip
-
-
 def split_row(row):
     """A row in README's formats -> prompt, chosen, rejected: texts, or a list and two messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         if chosen.startswith("[{") and "'role'" in chosen.replace('"', "'"):
             raise TypeError("messages have become texts, as in a .csv: use .jsonl or .parquet")
         return prompt, chosen, rejected
@@ -139,13 +139,14 @@ def split_row(row):
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         chosen, rejected = turns + chosen, turns + rejected
     for side in (chosen, rejected):
-        texts = [message.get("content") for message in side]
-        if not all(isinstance(x, str) for x in texts) or side[-1].get("role") != "assistant":
+        texts = [turn["content"] for turn in side]
+        if not all(isinstance(text, str) for text in texts) or side[-1]["role"] != "assistant":
             raise ValueError(f"messages have texts, and end in one of the assistant: {side!s:.300}")
-    parts = (chosen[:-1], rejected[:-1], prompt if isinstance(prompt, list) else [])
-    turns = [[(x.get("role"), x["content"]) for x in part] for part in parts]
-    if not turns[0] or turns[0] != turns[1] or turns[0][: len(turns[2])] != turns[2]:
-        raise Dropped("no prompt, or different ones")  # other keys, such as an id, may differ
+    # Role and content make a prompt; other keys of a message, such as an id, may differ.
+    sides = (prompt if isinstance(prompt, list) else [], chosen[:-1], rejected[:-1])
+    given, one, other = [[(turn["role"], turn["content"]) for turn in side] for side in sides]
+    if not one or one != other or one[: len(given)] != given:
+        raise Dropped("no prompt, or different ones")
     return chosen[:-1], chosen[-1], rejected[-1]
 
 
@@ -155,71 +156,74 @@ def render(prompt, chosen, rejected, tokenizer):
     template = tokenizer.apply_chat_template
     header = template(prompt, tokenize=False, add_generation_prompt=True)
     mark = {"role": "assistant", "content": "@answer@"}  # shows what is written around an answer
-    texts = [template([*prompt, answer], tokenize=False) for answer in (mark, chosen, rejected)]
-    before, _, after = texts.pop(0).rpartition("@answer@")
+    before, _, after = template([*prompt, mark], tokenize=False).rpartition("@answer@")
+    texts = [template([*prompt, answer], tokenize=False) for answer in (chosen, rejected)]
     if before.removeprefix(header).isspace() or not all(x.startswith(before) for x in texts):
         before = header  # then white space, or an empty <think> beside a full one, is scored
     for text in texts:
         if not text.startswith(before) or not text[len(before) :].endswith(after):
             raise Dropped(f"template ends in {text[-40:]!r}, not {before[-20:]!r} ... {after!r}")
-    answers = [text[len(before) : len(text) - len(after)] for text in texts]
+    chosen, rejected = [text[len(before) : len(text) - len(after)] for text in texts]
     # The prompt ends where the answer begins: with a <think> that is written there, or without one.
     # But if the two have different prompts (Mistral v3, system), the model answers the first.
     if before.startswith(header) or header.startswith(before):
         header = before
     if before.rstrip().endswith(after.strip()):
         after = ""  # it is the header of the next answer, and no end of turn
-    return header, *answers, after
+    return header, chosen, rejected, after
 
 
 def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
     """A row -> {"prompt_ids", "chosen_ids", "rejected_ids", "cut"}; or the reason, a text, why no
     model can learn from it. Lengths are in tokens. Raises an error if the row is malformed."""
-    alone = {"add_special_tokens": False}
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     try:
-        header, *answers = split_row(row)
-        is_text = isinstance(header, str)
+        prompt, chosen, rejected = split_row(row)
+        is_text, after = isinstance(prompt, str), ""
         if is_text:
-            answers = [text.removesuffix(tokenizer.eos_token) for text in answers]
-            after = ""
+            chosen = chosen.removesuffix(tokenizer.eos_token)
+            rejected = rejected.removesuffix(tokenizer.eos_token)
         else:
-            header, *answers, after = render(header, *answers, tokenizer)
+            prompt, chosen, rejected, after = render(prompt, chosen, rejected, tokenizer)
     except Dropped as reason:
         return str(reason)
-    # The end of turn: up to EOS, or else up to the first added token, such as <|im_end|>.
-    end = tokenizer.encode(after, **alone)
+    if not prompt or not chosen.strip() or not rejected.strip():
+        return "an empty prompt or answer"
+    # The end of turn: up to EOS, or else up to the first added token, such as <|im_end|>. A newline
+    # that the template writes behind it is not scored.
+    end = tokenizer.encode(after, add_special_tokens=False)
     added = [token for token in end if token in tokenizer.added_tokens_decoder]
     last = eos if eos in end or not added else added[0]
     end = end[: end.index(last) + 1] if last in end else [eos]
-    prompt_ids = tokenizer.encode(header, **alone)
-    ids = []
-    for text in answers:  # with the header, as some tokenizers put a space before a text alone
-        together = tokenizer.encode(header + text, **alone)
-        if together[: len(prompt_ids)] == prompt_ids:
-            ids.append(together[len(prompt_ids) :] + end)
-        else:  # header and answer share a token: encode the answer alone
-            ids.append(tokenizer.encode(text, **alone) + end)
-    if is_text and bos in tokenizer.encode("a")[:1] and bos not in prompt_ids[:1]:
-        prompt_ids = [bos] + prompt_ids  # as the tokenizer would; chat templates write their own
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    answers = []
+    for text in (chosen, rejected):  # with the prompt: alone, some tokenizers put a space before it
+        ids = tokenizer.encode(prompt + text, add_special_tokens=False)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            answers.append(ids[len(prompt_ids) :] + end)
+        else:  # prompt and answer share a token
+            answers.append(tokenizer.encode(text, add_special_tokens=False) + end)
+    adds_bos = bos in tokenizer.encode("a")[:1]  # to texts; chat templates write their own
+    if is_text and adds_bos and bos not in prompt_ids[:1]:
+        prompt_ids = [bos] + prompt_ids
     room = max_length - len(prompt_ids)
-    if not header or not all(text.strip() for text in answers):
-        return "an empty prompt or answer"
     if len(prompt_ids) > max_prompt_length or room < 1:
         return "a prompt that is too long"
-    if ids[0][:room] == ids[1][:room]:
+    chosen_ids, rejected_ids = answers[0][:room], answers[1][:room]  # a cut one has no end of turn
+    if chosen_ids == rejected_ids:
         return "identical answers"
-    pair = {"prompt_ids": prompt_ids, "cut": max(map(len, ids)) > room}
-    return pair | {"chosen_ids": ids[0][:room], "rejected_ids": ids[1][:room]}
+    pair = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+    return pair | {"cut": max(map(len, answers)) > room}
 
 
 def collate(pairs, pad_token_id=0):
     """B tokenized pairs -> ids, and which of them are scored, both [2B, T]; the chosen answers come
-    first. A row with the prompt p q r and the answer a b with its end of turn e:
+    first. Each answer has a row of its own: the prompt p q r, the answer a b, its end of turn e:
         input_ids       p    q    r    a    b    e    0    0
         scored          .    .    .    x    x    x    .    .
         predicted by              ^    ^    ^         the state one place before
-    In a causal model no token sees what comes after it, so padding on the right needs no mask."""
+    In a causal model no token sees what comes after it, so padding on the right needs no mask. What
+    is scored is known by its place, so padding may have the id of EOS."""
     prompts = [pair["prompt_ids"] for pair in pairs] * 2
     answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
     rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
@@ -229,76 +233,57 @@ def collate(pairs, pad_token_id=0):
     return {"input_ids": rows.to(DEVICE), "scored": scored.to(DEVICE)}
 
 
-def load_rows(source, split, args):  # of a hub id, a folder or a file
-    import datasets  # here, so that the rest works without it
-
-    path = Path(source).absolute()
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    kind = kinds.get(Path(path.name.lower().removesuffix(".gz")).suffix)
-    if not kind and not path.is_file():
-        return datasets.load_dataset(source, args.dataset_config, split=split)
-    if not kind or not path.is_file() or path.stat().st_size == 0 or set("*?[]") & set(str(path)):
-        sys.exit(f"simpo.py: {path}: no such file, or it is empty, none of {[*kinds]}, or has *?[]")
-    return datasets.load_dataset(kind, data_files=str(path), split=split)
-
-
 def load_pairs(source, split, tokenizer, args):
-    """What load_rows takes -> tokenized pairs, in mapped files. Says what is left out."""
-    from datasets import Features, List, Value, fingerprint
+    """A hub id, folder or file -> tokenized pairs, in mapped files. Says what is left out."""
+    import datasets  # here, so that the rest works without it
 
     if LOCAL_RANK > 0:  # the first process of a machine tokenizes, the others read its cache
         dist.barrier()
-    rows = load_rows(source, split, args)
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    kind = kinds.get(Path(source.lower().removesuffix(".gz")).suffix)
+    files = str(Path(source).absolute()) if kind else None
+    rows = datasets.load_dataset(kind or source, args.dataset_config, data_files=files, split=split)
     # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
-    if not {"chosen", "rejected"} <= set(rows.column_names):
-        sys.exit(f"simpo.py: {source} needs 'chosen' and 'rejected', but has {rows.column_names}")
-    limits = args.max_length, args.max_prompt_length
-    kinds = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32")))
-    kinds |= {"cut": Value("bool"), "why": Value("string")}
+    ids = datasets.List(datasets.Value("int32"))
+    columns = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}
+    columns |= {"cut": datasets.Value("bool"), "reason": datasets.Value("string")}
 
     def tokenize(row, index):
         try:
-            pair = tokenize_pair(row, tokenizer, *limits)
+            pair = tokenize_pair(row, tokenizer, args.max_length, args.max_prompt_length)
         except Exception as error:
             raise ValueError(f"{source}, row {index + 1}: {error}") from error
-        return dict.fromkeys(kinds) | ({"why": pair} if isinstance(pair, str) else pair)
+        return dict.fromkeys(columns) | ({"reason": pair} if isinstance(pair, str) else pair)
 
     code = [function.__code__ for function in (split_row, render, tokenize_pair)]
-    key = fingerprint.Hasher.hash([rows._fingerprint, tokenizer, limits, code])  # of the cache
-    options = {"with_indices": True, "features": Features(kinds), "new_fingerprint": key}
+    key = [rows._fingerprint, tokenizer, args.max_length, args.max_prompt_length, code]
+    options = {"new_fingerprint": datasets.fingerprint.Hasher.hash(key)}  # the name in the cache
     options["num_proc"] = min(16, os.cpu_count(), len(rows) // 1000) or None
-    results = rows.map(tokenize, remove_columns=rows.column_names, **options)
+    options |= {"features": datasets.Features(columns), "remove_columns": rows.column_names}
+    results = rows.map(tokenize, with_indices=True, **options)
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
-    pairs = results.select([i for i, why in enumerate(results["why"]) if why is None])
+    reasons = results["reason"]
+    pairs = results.select([i for i, reason in enumerate(reasons) if reason is None])
     print(f"{source}: {len(rows)} rows, {len(pairs)} pairs, {sum(pairs['cut'])} of them cut")
-    for why, count in Counter(filter(None, results["why"])).most_common(10):
-        print(f"    {count} dropped: {why}")
-    if not len(pairs):
+    for reason, count in Counter(filter(None, reasons)).most_common(10):
+        print(f"    {count} dropped: {reason}")
+    if len(pairs) == 0:
         sys.exit("simpo.py: no pair is left")
-    unread = [name for name in rows.column_names if name not in ("prompt", "chosen", "rejected")]
-    prompt, chosen, rejected = [tokenizer.decode(pairs[0][name]) for name in [*kinds][:3]]
-    print(f"    columns not read: {unread}; the first prompt ends in {prompt[-60:]!r}")
-    print(f"    what is scored: {chosen[:80]!r} and {rejected[:80]!r}")
-    return pairs.remove_columns("why")
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        print(f"    the first {name} end in {tokenizer.decode(pairs[0][name])[-80:]!r}")
+    return pairs.remove_columns("reason")
 
 
 # ------------------------------------------------------------------------------ command line
 def parse_args(argv):
-    """The command line, and args.hyperparameters, those of the objective."""
-    first = argparse.ArgumentParser(usage="%(prog)s [flags]", add_help=False, allow_abbrev=False)
-    first.add_argument("--loss", default="simpo", help="the objective (simpo)", choices=OBJECTIVES)
-    loss = first.parse_known_args(argv)[0].loss  # it decides which other flags there are
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", allow_abbrev=False, parents=[first])
+    """The command line -> its flags, and args.hyperparameters, those that the objective reads."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", allow_abbrev=False)
 
     def add(flag, kind, default, text, **more):
         more |= {"action": "store_true"} if kind is bool else {"type": kind}
         parser.add_argument(flag, default=default, help=f"{text} ({default})", **more)
 
-    own = OBJECTIVES[loss].__kwdefaults__ or {}
-    for name, default in own.items():
-        flag = "--lambda" if name == "lam" else f"--{name}"
-        add(flag, float, default, f"of {loss}; each --loss has its own", dest=name)
     add("--model", str, None, "hub id or folder; without it, and without --dataset, the demo")
     add("--dataset", str, None, "pairs: hub id, folder, or .jsonl, .json, .parquet or .csv file")
     add("--eval_dataset", str, None, "held-out pairs; unset: --eval_split of --dataset")
@@ -307,6 +292,8 @@ def parse_args(argv):
     add("--eval_split", str, None, "split of the held-out pairs; unset: train of --eval_dataset")
     add("--max_length", int, 2048, "tokens of a prompt and an answer")
     add("--max_prompt_length", int, None, "tokens of a prompt; unset: --max_length * 1800/2048")
+    own = {name: function.__kwdefaults__ for name, function in OBJECTIVES.items()}
+    add("--loss", str, "simpo", f"the objective; they have flags of their own: {own}", choices=own)
     add("--lr", float, 1e-6, "peak learning rate")
     add("--batch_size", int, 128, "pairs in a step, over all processes")
     add("--micro_batch_tokens", int, 8192 if ON_GPU else 2048, "tokens in a pass, with padding")
@@ -320,103 +307,92 @@ def parse_args(argv):
     add("--seed", int, 0, "fixes the order of pairs, and the demo")
     add("--dtype", str, "bf16" if ON_GPU else "fp32", "matrix products", choices=["bf16", "fp32"])
     add("--output_dir", str, "simpo_output", "folder for the model, metrics and checkpoints")
-    add("--save_every", int, 100, "steps between checkpoints, 0: none")
+    add("--eval_every", int, 100, "steps between evaluations; 0: only the first and the last")
+    add("--save_every", int, 100, "steps between checkpoints; 0: none")
     add("--resume", bool, False, "go on from the last checkpoint; other flags as before")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    own_parser = argparse.ArgumentParser(usage=parser.usage, allow_abbrev=False)
+    for name, default in (own[args.loss] or {}).items():
+        own_parser.add_argument(f"--{name.rstrip('_')}", type=float, default=default, dest=name)
+    args.hyperparameters = vars(own_parser.parse_args(rest))
     if (args.model is None) != (args.dataset is None):
         parser.error("--model and --dataset go together")
+    above_0 = (
+        "beta tau lr epochs max_steps max_length max_prompt_length batch_size micro_batch_tokens"
+    )
+    for name, value in (vars(args) | args.hyperparameters).items():
+        zero_is_wrong = value == 0 and name in above_0.split()
+        if type(value) in (int, float) and (zero_is_wrong or not 0 <= value < math.inf):
+            parser.error(f"--{name} {value} is out of its range")
+    if args.eval_dataset and not args.eval_split:
+        args.eval_split = "train"
     args.max_prompt_length = args.max_prompt_length or args.max_length * 1800 // 2048
-    args.hyperparameters = {name: vars(args).pop(name) for name in own}
     return args
 
 
 # ------------------------------------------------------------------------------ runtime
-def load(args):
-    """Flags -> tokenizer, model (on the CPU, in its file's dtype), pairs, held-out pairs."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    usual = transformers.PreTrainedTokenizerBase.apply_chat_template
-    if tokenizer.eos_token_id is None or type(tokenizer).apply_chat_template is not usual:
-        sys.exit(f"simpo.py: a {type(tokenizer).__name__} without EOS, or of mistral-common")
-    pairs = load_pairs(args.dataset, args.train_split, tokenizer, args)
-    source = args.eval_dataset or args.dataset
-    split = args.eval_split or (args.eval_dataset and "train")
-    held_out = load_pairs(source, split, tokenizer, args) if split else []
-    options = {"dtype": "auto", "output_loading_info": True}
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
-    if missing := sorted(report["missing_keys"]):  # they have been drawn at random
-        sys.exit(f"simpo.py: {args.model} lacks {len(missing)} weights, such as {missing[0]}")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        sys.exit(f"simpo.py: the tokenizer of {args.model} has more tokens than the model")
-    if unused := sorted(report["unexpected_keys"]):
-        print(f"{args.model}: {len(unused)} weights are not used, such as {unused[0]}")
-    model.eval()  # in training too: policy and reference have to agree
+def wrap(model, args):
+    """A model -> the policy: on its device, whole or spread by FSDP2 (--shard), and then cast to
+    fp32: in bf16 numbers near 0.02 are 1.2e-4 apart, and steps of 1e-6 would be lost."""
+    model.eval()  # no dropout: policy and reference have to agree
+    layers = [x for x in model.modules() if isinstance(x, transformers.GradientCheckpointingLayer)]
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():  # only layers train, so that they checkpoint; dropout is off
-            module.training = isinstance(module, transformers.GradientCheckpointingLayer)
-    return tokenizer, model, pairs, held_out
-
-
-def wrap(policy, args):
-    """Move a policy to its device, whole or spread by FSDP2 (--shard), and then cast it to fp32: in
-    bf16 numbers near 0.02 are 1.2e-4 apart, and steps of 1e-6 would be lost."""
+        for layer in layers:
+            layer.training = True  # a layer in training checkpoints; what is in it stays as it was
+    policy = ResponseLogps(model)
     if args.shard:
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        layer = transformers.GradientCheckpointingLayer
-        for module in [*(x for x in policy.modules() if isinstance(x, layer)), policy]:
-            fsdp.fully_shard(module, mp_policy=precision)
+        for module in [*layers, policy]:
+            fsdp.fully_shard(module, mp_policy=precision, reshard_after_forward=True)
         fsdp.register_fsdp_forward_method(policy, "check")
     policy.to(DEVICE).float()
-    rows = policy.model.get_input_embeddings().weight.shape[0]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new shape of a pass
+    rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.linspace(rows // 10, rows - 1, 12, device=DEVICE).long()[None]  # [1, 12]
     with torch.no_grad():
         policy.check(ids, 0.05 if args.shard and args.dtype == "bf16" else 1e-3)
-    policy(ids, ids >= 0).sum().backward()  # shows which weights get a gradient
-    frozen = [name for name, weight in policy.named_parameters() if weight.grad is None]
-    for weight in policy.parameters():
-        weight.requires_grad_(weight.grad is not None)
-    policy.zero_grad()
-    if frozen:  # such as those of a vision tower
-        print(f"{len(frozen)} weights without gradient are not trained: {frozen!s:.200}")
     if args.dtype == "bf16" and not args.shard:
         policy.forward = torch.autocast(DEVICE.type, torch.bfloat16)(policy.forward)
-    if WORLD_SIZE > 1 and not args.shard:
-        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
     return policy
 
 
-def save_model(policy, model, tokenizer, out):
-    """Write whole fp32 weights in Hugging Face's format; config.json, which ends the run, last."""
+def save_model(model, tokenizer, out):
+    """Write whole fp32 weights in Hugging Face's format, and then the name that ends the run."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(policy, options=options)
+    state = dcp_state.get_model_state_dict(model, options=options)
     if RANK == 0:  # a tied head is the embedding under another name; here each tensor has one name
         names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-        state = {name: state[f"model.{name}"] for name in names if f"model.{name}" in state}
+        model.save_pretrained(out, state_dict={x: state[x] for x in names if x in state})
         tokenizer.save_pretrained(out)
-        shutil.rmtree(out / "new", ignore_errors=True)
-        model.save_pretrained(out / "new", state_dict=state)
-        for path in sorted((out / "new").iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(out / path.name)
-        (out / "new").rmdir()
+        (out / "simpo_run.json").rename(out / "simpo_ended.json")
 
 
-def find_checkpoint(out, args):
-    """-> the checkpoint to --resume from. If there is none, the first process claims the folder."""
-    flags = vars(args) | {"output_dir": out.name}
-    free = {"resume", "shard", "gradient_checkpointing", "micro_batch_tokens", "save_every"}
-    if args.resume and (found := [*out.glob("checkpoint-[0-9]*")]):
+def checkpoints(out):  # oldest first; a copy of a person, checkpoint-40-keep, is none
+    steps = [path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*")]
+    return [out / f"checkpoint-{step}" for step in sorted(map(int, filter(str.isdigit, steps)))]
+
+
+def claim_folder(pairs, args):
+    """Begin a run in --output_dir -> None; or, with --resume, the checkpoint to go on from."""
+    out = Path(args.output_dir)
+    found = checkpoints(out) if args.resume else []
+    if RANK == 0:
+        checksum = sum(i * zlib.crc32(str(pair).encode()) for i, pair in enumerate(pairs, 1))
+        run = vars(args) | {"pairs": f"{len(pairs)}, checksum {checksum}"}
+    if RANK == 0 and found:
         then = json.loads((out / "simpo_run.json").read_text())
-        other = [name for name in flags if name not in free and flags[name] != then.get(name)]
+        free = "resume shard gradient_checkpointing micro_batch_tokens save_every output_dir"
+        other = [name for name in run if run[name] != then.get(name) and name not in free.split()]
         if other:
             sys.exit(f"simpo.py: the run in {out} had other {other}")
-        return max(found, key=lambda path: int(path.name[11:]))
-    if RANK == 0:
-        if not args.resume and any((out / x).exists() for x in ("config.json", "metrics.jsonl")):
-            sys.exit(f"simpo.py: {out} holds a run: --resume it, or choose another --output_dir")
+    elif RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
+        with open(out / "simpo_run.json", "w" if args.resume else "x") as file:  # x: one run alone
+            json.dump(run, file, indent=2)
         (out / "metrics.jsonl").unlink(missing_ok=True)
-        (out / "simpo_run.json").write_text(json.dumps(flags, indent=2))
+    return found[-1] if found else None
 
 
 def save_checkpoint(policy, optimizer, step, out):
@@ -425,9 +401,9 @@ def save_checkpoint(policy, optimizer, step, out):
     dcp.save({"weights": weights, "moments": moments}, checkpoint_id=out / "new")
     if RANK == 0:
         shutil.copy(out / "metrics.jsonl", out / "new")
-        newest = (out / "new").rename(out / f"checkpoint-{step}")
-        for folder in set(out.glob("checkpoint-[0-9]*")) - {newest}:
-            shutil.rmtree(folder)
+        (out / "new").rename(out / f"checkpoint-{step}")
+        for older in checkpoints(out)[:-1]:
+            shutil.rmtree(older)
 
 
 def load_checkpoint(folder, policy, optimizer):
@@ -437,25 +413,25 @@ def load_checkpoint(folder, policy, optimizer):
     dcp_state.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
     if RANK == 0:
         shutil.copy(folder / "metrics.jsonl", folder.parent)
-    return int(folder.name[11:])
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 # ------------------------------------------------------------------------------ training
 def micro_batches(pairs, most_tokens):
-    """Cut pairs into passes of (indices of pairs, weights), equally many for each process; the
-    longest first, to pad little. A process without a pair repeats another's, with weight 0."""
+    """Cut pairs into micro-batches of (indices of pairs, weights), equally many for each process;
+    the longest first, to pad little. A process without a pair repeats another's, with weight 0."""
     rows = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
-    order = sorted(range(len(rows)), key=lambda index: -rows[index])
-    passes, longest = [], 0
-    for start in range(0, len(order), WORLD_SIZE):
-        group = order[start : start + WORLD_SIZE]  # one pair for each process
-        if not passes or 2 * longest * (len(passes[-1][0]) + 1) > most_tokens:
-            passes.append(([], []))
-            longest = rows[group[0]]
-        indices, weights = passes[-1]
+    longest_first = sorted(range(len(pairs)), key=lambda index: rows[index], reverse=True)
+    batches, most_pairs = [], 0
+    for start in range(0, len(pairs), WORLD_SIZE):
+        group = longest_first[start : start + WORLD_SIZE]  # one pair for each process
+        if not batches or len(batches[-1][0]) >= most_pairs:
+            batches.append(([], []))
+            most_pairs = most_tokens // (2 * rows[group[0]])  # two rows, as long as the longest
+        indices, weights = batches[-1]
         indices.append(group[RANK] if RANK < len(group) else group[0])
-        weights.append(float(RANK < len(group)))
-    return [(indices, torch.tensor(weights, device=DEVICE)) for indices, weights in passes]
+        weights.append(1.0 if RANK < len(group) else 0.0)
+    return [(indices, torch.tensor(weights, device=DEVICE)) for indices, weights in batches]
 
 
 def apply_objective(logps, pairs, ref_logps, args):
@@ -478,122 +454,161 @@ def apply_objective(logps, pairs, ref_logps, args):
 def score(policy, pairs, args):
     """-> log pi(y|x) of both answers of all pairs, [2, pairs], by all processes together."""
     logps = torch.zeros(2, len(pairs), device=DEVICE)
-    passes = micro_batches(pairs, args.micro_batch_tokens)
-    for places, weights in tqdm(passes, "scoring", leave=False, disable=RANK > 0):
-        logps[:, places] += weights * policy(**collate([pairs[i] for i in places])).view(2, -1)
+    batches = micro_batches(pairs, args.micro_batch_tokens)
+    for indices, weights in tqdm(batches, "scoring", leave=False, disable=RANK > 0):
+        logps[:, indices] += weights * policy(**collate([pairs[i] for i in indices])).view(2, -1)
     if WORLD_SIZE > 1:
         dist.all_reduce(logps)
     return logps
 
 
-def log(row, out):  # JSON has no NaN
+def evaluate(policy, held_out, ref_logps, args):
+    """-> {"eval/loss": ...} and so on: means over the held-out pairs."""
+    metrics = apply_objective(score(policy, held_out, args), held_out, ref_logps, args)
+    return {f"eval/{name}": values.double().mean().item() for name, values in metrics.items()}
+
+
+def backward(policy, batch, ref_logps, args):
+    """Leave the gradients of the mean loss of a batch of pairs in the weights of every process -> the
+    means of its metrics. Neither depends on how pairs are spread over micro-batches and processes."""
+    sums = 0
+    for indices, weights in micro_batches(batch, args.micro_batch_tokens):
+        pairs = [batch[i] for i in indices]
+        logps = policy(**collate(pairs)).view(2, -1)  # log pi(y|x) of both, [2, B]
+        reference = None if ref_logps is None else ref_logps[:, indices]
+        metrics = apply_objective(logps, pairs, reference, args)  # each [B]
+        loss = (weights * metrics["loss"]).sum() / len(batch)  # a share of the mean
+        (loss * WORLD_SIZE if args.shard else loss).backward()  # FSDP2 averages over processes
+        sums += torch.stack([(weights * x.detach()).double().sum() for x in metrics.values()])
+    for weight in policy.parameters():
+        if weight.requires_grad and weight.grad is None:  # of a vision tower, or an unused expert
+            weight.grad = torch.zeros_like(weight)
+        if weight.requires_grad and WORLD_SIZE > 1 and not args.shard:
+            dist.all_reduce(weight.grad)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(sums)
+    return dict(zip(metrics, (sums / len(batch)).tolist()))
+
+
+def log(row, out):  # the one place where metrics are written; JSON has no NaN
+    row = {name: x if math.isfinite(x) else None for name, x in row.items()}
     with open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a") as file:
-        print(json.dumps({k: x if math.isfinite(x) else None for k, x in row.items()}), file=file)
+        print(json.dumps(row), file=file)
 
 
-def train(policy, optimizer, pairs, ref_logps, args, done, steps, out):
-    """Train in place from step done + 1 on. The first warm-up step has lr 0 and changes nothing."""
-    make_schedule = transformers.get_cosine_schedule_with_warmup  # or get_linear_...
-    schedule = make_schedule(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
+def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
+    """Train a model in place on tokenized pairs -> its rows of metrics. Evaluates held_out, which
+    may be [], before the first step, every --eval_every steps and at the end; to these rows what
+    on_evaluate(model, step) returns is added."""
+    out = Path(args.output_dir)
+    policy = wrap(model, args)
+    folder = claim_folder(pairs, args)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [{"params": weights, "initial_lr": args.lr}]  # a schedule that goes on asks for it
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
+    # The reference is the policy as it starts, so it is scored before a checkpoint is loaded.
+    needed = args.loss in NEEDS_REFERENCE
+    ref_logps = score(policy, pairs, args) if needed else None
+    held_out_ref_logps = score(policy, held_out, args) if needed else None
+    done = load_checkpoint(folder, policy, optimizer) if folder else 0
     per_epoch = math.ceil(len(pairs) / args.batch_size)
-    skipped = 0  # in a row
-    bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK > 0)
-    for step in bar:
+    steps = args.max_steps or args.epochs * per_epoch
+    make_schedule = transformers.get_cosine_schedule_with_warmup  # or get_linear_...
+    warmup_steps = int(args.warmup_ratio * steps)  # the first of them has lr 0
+    schedule = make_schedule(optimizer, warmup_steps, steps, last_epoch=done - 1)
+    print(f"{args.loss} {args.hyperparameters}: {steps - done} steps of {args.batch_size} pairs")
+    rows, skipped = [], 0
+    bar = tqdm(range(done, steps + 1), initial=done, total=steps, disable=RANK > 0)
+    for step in bar:  # so many have been taken
+        # Evaluate, then save, so that a run that goes on has each row once.
+        due = step in (0, steps) or (args.eval_every and step % args.eval_every == 0)
+        if due and (step == 0 or step > done) and len(held_out) > 0:
+            row = evaluate(policy, held_out, held_out_ref_logps, args) | on_evaluate(model, step)
+            shown = ", ".join(f"{name.removeprefix('eval/')} {x:.3f}" for name, x in row.items())
+            tqdm.write(f"step {step}: {shown}")
+            rows.append({"step": step} | row)
+            log(rows[-1], out)
+        if args.save_every and step % args.save_every == 0 and done < step < steps:
+            save_checkpoint(policy, optimizer, step, out)
+        if step == steps:
+            return rows
+        # Draw the pairs of a step, in an order of its own for each epoch. Forward and backward.
         started = time.perf_counter()
-        epoch, place = divmod(step - 1, per_epoch)
-        shuffle = torch.Generator().manual_seed(args.seed + epoch)  # an order for each epoch
-        drawn = torch.randperm(len(pairs), generator=shuffle).split(args.batch_size)[place]
+        epoch, place = divmod(step, per_epoch)
+        generator = torch.Generator().manual_seed(args.seed + epoch)
+        drawn = torch.randperm(len(pairs), generator=generator).split(args.batch_size)[place]
         batch = [pairs[i] for i in drawn.tolist()]
-        passes = micro_batches(batch, args.micro_batch_tokens)
-        totals = 0
-        for number, (places, weights) in enumerate(passes, 1):
-            policy.require_backward_grad_sync = number == len(passes)  # DDP: once a step
-            micro_batch = [batch[i] for i in places]
-            logps = policy(**collate(micro_batch)).view(2, -1)  # log pi(y|x) of both, [2, B]
-            reference = None if ref_logps is None else ref_logps[:, drawn[places]]
-            metrics = apply_objective(logps, micro_batch, reference, args)  # each [B]
-            # Backward, of the mean over the step; DDP and FSDP2 average over processes.
-            loss = (weights * metrics["loss"]).sum() / len(batch)
-            (loss * WORLD_SIZE).backward()
-            totals += torch.stack([(weights * x.detach()).double().sum() for x in metrics.values()])
-        # Sum up over processes, clip and step. What is not finite would make every weight NaN.
-        if WORLD_SIZE > 1:
-            dist.all_reduce(totals)
-        means = dict(zip(metrics, (totals / len(batch)).tolist()))
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+        row = backward(policy, batch, ref_logps[:, drawn] if needed else None, args)
+        # Clip, and step. What is not finite would make every weight NaN.
+        norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf)
         norm = (norm.full_tensor() if args.shard else norm).item()
-        if math.isfinite(norm) and math.isfinite(means["loss"]):
+        if math.isfinite(norm) and math.isfinite(row["loss"]):
             optimizer.step()
             skipped = 0
         else:
-            print(f"step {step} skipped: loss {means['loss']}, gradient norm {norm}")
+            tqdm.write(f"step {step + 1} skipped: loss {row['loss']}, gradient norm {norm}")
             skipped += 1
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
-        tokens = sum(len(p["prompt_ids"] * 2 + p["chosen_ids"] + p["rejected_ids"]) for p in batch)
-        unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss, in bytes
-        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * unit
-        row = {"step": step, "epoch": step / per_epoch, **means, "peak_memory_gib": peak / 2**30}
-        row |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0], "step_seconds": seconds}
-        row |= {"pairs_per_second": len(batch) / seconds, "tokens_per_second": tokens / seconds}
+        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
+        row |= {"step": step + 1, "epoch": (step + 1) / per_epoch, "grad_norm": norm}
+        row |= {"lr": schedule.get_last_lr()[0], "peak_memory_gib": peak / 2**30}
+        row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
+        rows.append(row)
         log(row, out)
         if skipped == 10:
             sys.exit("simpo.py: ten steps in a row were skipped; nothing is saved")
-        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], lr=row["lr"])
         schedule.step()
-        if args.save_every and step % args.save_every == 0 and step < steps:
-            save_checkpoint(policy, optimizer, step, out)
+        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], lr=row["lr"])
 
 
-def main(argv=None, start=None, on_evaluate=lambda model, step: {}):
-    """Train as argv says; start replaces what `load` returns. -> metrics of the last evaluation."""
+def main(argv=None, on_evaluate=lambda model, step: {}):
+    """Train as the flags say -> the last row of metrics. What on_evaluate is, `fit` says."""
     args = parse_args(argv)
-    if args.model is None and start is None:
+    if args.model is None:  # a tiny model and its pairs, trained like any other
         sys.path.insert(0, str(Path(__file__).parent / "notebooks"))
         import demo
 
-        return demo.main(sys.argv[1:] if argv is None else argv)
-    out = Path(args.output_dir)
-    sys.stdout = sys.stdout if RANK == 0 else None  # the first process speaks for all
-    if args.resume and (out / "config.json").exists():
-        print(f"{out} holds the trained model: there is nothing left to do")
-        return {}
-    transformers.logging.set_verbosity_error()
+        return demo.main(argv)
+    by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    if not by_torchrun and (args.shard or WORLD_SIZE > 1):
+        sys.exit("simpo.py: --shard, and WORLD_SIZE in the environment, are for torchrun")
+    if RANK > 0:  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if ON_GPU:
         torch.cuda.set_device(DEVICE)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new shape of a pass
-    if "RANK" in os.environ:
+    if by_torchrun and not dist.is_initialized():
         dist.init_process_group(timeout=8 * dist.default_pg_timeout)  # tokenizing takes time
-    folder = find_checkpoint(out, args)
-    tokenizer, model, pairs, held_out = start or load(args)
-    most_logits = 2**27 if ON_GPU else 2**23  # at one time: 512 or 32 MiB
-    chunk = 1 + most_logits // model.config.get_text_config().vocab_size
-    policy = wrap(ResponseLogps(model, chunk), args)
-    groups = [{"params": [x for x in model.parameters() if x.requires_grad], "initial_lr": args.lr}]
-    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
-    steps = args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
-    needed = args.loss in NEEDS_REFERENCE  # the starting policy, scored once
-    references = [score(policy, x, args) if needed else None for x in (pairs, held_out)]
-    step = load_checkpoint(folder, policy, optimizer) if folder else 0
-    print(f"{args.loss} {args.hyperparameters}: {steps - step} steps of {args.batch_size} pairs")
-
-    def evaluate(step):
-        metrics = apply_objective(score(policy, held_out, args), held_out, references[1], args)
-        row = {f"eval/{name}": x.double().mean().item() for name, x in metrics.items()}
-        print(f"step {step}: held-out accuracy {row['eval/rewards/accuracies']:.3f}")
-        row |= on_evaluate(model, step)
-        log({"step": step} | row, out)
-        return row
-
-    if step == 0 and len(held_out) > 0:
-        evaluate(0)
-    train(policy, optimizer, pairs, references[0], args, step, steps, out)
-    metrics = evaluate(steps) if len(held_out) > 0 else {}
-    save_model(policy, model, tokenizer, out)
+    out = Path(args.output_dir)
+    if args.resume and (out / "simpo_ended.json").exists():
+        print(f"{out} holds the trained model: there is nothing left to do")
+        return {}
+    if not args.resume and any((out / x).exists() for x in ("config.json", "simpo_run.json")):
+        sys.exit(f"simpo.py: {out} holds a run: --resume it, or choose another --output_dir")
+    transformers.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"simpo.py: --model {args.model}: {str(error).splitlines()[0]}")
+    usual = transformers.PreTrainedTokenizerBase.apply_chat_template
+    if tokenizer.eos_token_id is None or type(tokenizer).apply_chat_template is not usual:
+        sys.exit(f"simpo.py: a {type(tokenizer).__name__} without EOS, or of mistral-common")
+    pairs = load_pairs(args.dataset, args.train_split, tokenizer, args)
+    held_out = []
+    if args.eval_split:
+        held_out = load_pairs(args.eval_dataset or args.dataset, args.eval_split, tokenizer, args)
+    options = {"dtype": "auto", "output_loading_info": True}  # on the CPU, in its file's dtype
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
+    if missing := sorted(report["missing_keys"]):  # they have been drawn at random
+        sys.exit(f"simpo.py: {args.model} lacks {len(missing)} weights, such as {missing[0]}")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        sys.exit(f"simpo.py: the tokenizer of {args.model} has more tokens than the model")
+    rows = fit(model, pairs, held_out, args, on_evaluate)
+    save_model(model, tokenizer, out)
     print(f"saved: AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return metrics
+    return rows[-1]
 
 
 if __name__ == "__main__":

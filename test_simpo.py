@@ -226,7 +226,7 @@ def slow_answers(model, rows):
 
 # ------------------------------------------------------------------------- running simpo.py
 STILL = ["--lr", "1e-12"]  # a learning rate that changes nothing that could be measured
-TIMINGS = {"step_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+TIMINGS = {"step_seconds", "pairs_per_second", "peak_memory_gib"}
 
 
 def run(model, data, out, *flags):
@@ -380,7 +380,7 @@ def test_scores_are_those_of_a_token_by_token_loop(make_model):
 def test_every_gradient_is_that_of_separate_rows_with_full_logits(make_model):
     """Catches a head that, applied to three tokens at a time, loses or doubles gradients."""
     model, pairs = make_model(), some_pairs(seed=2)
-    logps = simpo.ResponseLogps(model, chunk=3)(**simpo.collate(pairs))
+    logps = simpo.ResponseLogps(model, most_logits=3 * 264)(**simpo.collate(pairs))
     weights = torch.arange(1.0, len(logps) + 1)
     (logps * weights).sum().backward()
     chunked = {key: p.grad.clone() for key, p in model.named_parameters()}
@@ -404,7 +404,7 @@ def test_log_softmax_and_sums_are_fp32_for_bf16_logits(how):
     expected = [slow_logps(model, *row) for row in rows_of(pairs)]
     policy = simpo.ResponseLogps(model.bfloat16() if how == "bf16 weights" else model)
     if how == "--dtype bf16":
-        policy = simpo.wrap(policy, simpo.parse_args(["--dtype", "bf16"]))
+        policy = simpo.wrap(model, simpo.parse_args(["--dtype", "bf16"]))
     logps = policy(**simpo.collate(pairs))
     assert logps.dtype == torch.float32
     assert logps.tolist() == pytest.approx(expected, rel=1e-5)
@@ -685,9 +685,9 @@ def test_what_is_dropped_and_cut_is_said(place, tmp_path, capsys):
     assert len(simpo.load_pairs(str(data), "train", make_tokenizer(), args)) == 10
     shown = capsys.readouterr().out
     assert "13 rows, 10 pairs, 1 of them cut" in shown and "2 dropped: identical answers" in shown
-    assert "1 dropped: an empty prompt or answer" in shown and "not read: []" in shown
-    assert "ends in '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'" in shown
-    assert "what is scored: 'Hello!<|im_end|>' and 'Go<|im_end|>'" in shown
+    assert "1 dropped: an empty prompt or answer" in shown
+    assert "prompt_ids end in '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'" in shown
+    assert "chosen_ids end in 'Hello!<|im_end|>'" in shown
 
 
 # ========================================================================= training: the numbers
@@ -703,7 +703,7 @@ def test_default_flags_train_with_the_papers_objective(place, tmp_path, nine_ans
     before, after = evaluations_of(rows)
     expected = metrics_by_hand(slow_answers(make_llama(), SEVEN))
     assert before == pytest.approx(expected, rel=1e-5)
-    assert {f"eval/{name}": x for name, x in after.items()} == last
+    assert {f"eval/{name}": x for name, x in after.items()} | {"step": 1} == last
     (step,) = steps_of(rows)  # 9 pairs are fewer than the 128 of a batch: one step
     expected = metrics_by_hand(nine_answers)
     assert {name: step[name] for name in expected} == pytest.approx(expected, rel=1e-5)
@@ -831,14 +831,18 @@ def test_a_bf16_checkpoint_moves_at_the_papers_learning_rate(place, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
-    """Catches one bad pair that turns every weight into NaN while the log goes on."""
+def write_poisoned(folder):  # a model that has NaN where it reads "~"
     model, tokenizer = make_llama(), make_tokenizer()
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer.encode("~")] = math.nan
-    write_model(tmp_path / "poisoned", model, tokenizer)
+    return write_model(folder, model, tokenizer)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
+    """Catches one bad pair that turns every weight into NaN while the log goes on."""
+    model = write_poisoned(tmp_path / "poisoned")
     data = write_jsonl(tmp_path / "data.jsonl", [*NINE[:4], chat("~", "a", "b"), *NINE[4:]])
-    _, rows = run(tmp_path / "poisoned", data, tmp_path / "out", "--batch_size", 1, "--lr", 1e-3)
+    _, rows = run(model, data, tmp_path / "out", "--batch_size", 1, "--lr", 1e-3)
     assert len(rows) == 10 and sum(row["loss"] is None for row in rows) == 1
     shown = capfd.readouterr().out
     assert len(re.findall(r"step \d+ skipped: loss nan, gradient norm nan", shown)) == 1
@@ -849,8 +853,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path, capfd):
 
 def test_ten_skipped_steps_end_the_run_and_nothing_is_saved(place, tmp_path):
     """Catches a run of which no step counts, and which ends as if it had trained."""
-    out = tmp_path / "out"
-    end = mistake(place, out, "--max_steps", 30, "--batch_size", 1, "--beta", "nan")
+    model, out = write_poisoned(tmp_path / "poisoned"), tmp_path / "out"
+    data = write_jsonl(tmp_path / "data.jsonl", [chat(f"~{i}", "a", "b") for i in range(30)])
+    end = mistake(place, out, "--model", model, "--dataset", data, "--batch_size", 1)
     assert "ten steps in a row" in end and not (out / "config.json").exists()
     assert [row["loss"] for row in read_metrics(out)] == [None] * 10
 
@@ -887,9 +892,9 @@ def test_a_model_that_would_be_scored_wrongly_is_refused(place, tmp_path):
     run(tmp_path / "fine", place / "nine.jsonl", tmp_path / "out", *STILL)
 
 
-def test_weights_without_gradient_are_left_out_and_said(tmp_path, place, capsys):
-    """Catches a router's bias under DDP, whose first step was not averaged and whose second one
-    crashed, and a run that could not be resumed."""
+def test_a_model_with_weights_that_no_token_uses_trains_and_resumes(tmp_path, place):
+    """Catches processes that wait for a gradient that another one does not have, and a checkpoint
+    that lacks what is asked for: in a mixture of experts, the bias of a router."""
     torch.manual_seed(5)
     options = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}
     options |= SHAPE | LLAMA | {"moe_layer_start_index": 0}
@@ -897,10 +902,10 @@ def test_weights_without_gradient_are_left_out_and_said(tmp_path, place, capsys)
     write_model(tmp_path / "moe", transformers.Ernie4_5_MoeForCausalLM(config))
     model, flags = ["--model", tmp_path / "moe"], [*FOURS, "--save_every", 1]
     run(tmp_path / "moe", place / "nine.jsonl", tmp_path / "one", *flags)
-    assert "weights without gradient are not trained" in capsys.readouterr().out
     torchrun(2, *model, "--dataset", place / "nine.jsonl", *flags, "--output_dir", tmp_path / "two")
     assert_same_training(tmp_path / "one", tmp_path / "two")
-    (tmp_path / "two" / "config.json").unlink()  # as if it had been killed after its checkpoint
+    ended = tmp_path / "two" / "simpo_ended.json"  # now as if it was killed after its checkpoint
+    ended.rename(tmp_path / "two" / "simpo_run.json")
     run(tmp_path / "moe", place / "nine.jsonl", tmp_path / "two", *flags, "--resume")
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
@@ -917,7 +922,7 @@ def test_the_saved_model_is_the_trained_one_in_a_fresh_process(place, tmp_path):
     again = ["--model", out, "--dataset", place / "nine.jsonl", "--output_dir", tmp_path / "again"]
     assert codes(start(1, tmp_path / "shown", *again, *flags)) == [0]
     reloaded = evaluations_of(read_metrics(tmp_path / "again"))[0]
-    assert reloaded == pytest.approx({k[5:]: x for k, x in last.items()}, rel=1e-5, abs=1e-5)
+    assert reloaded == pytest.approx(evaluations_of([last])[0], rel=1e-5, abs=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [3, 6]
 
@@ -959,7 +964,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(kind, plac
         for process in rng.choice([started, started[::-1]]):
             process.kill()
         codes(started)
-        assert not (out / "config.json").exists(), "it had ended before it was killed"
+        assert not (out / "simpo_ended.json").exists(), "it had ended before it was killed"
     assert codes(start(processes, shown, *command)) == [0] * processes
     assert_same_bits(expected, out)
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["checkpoint-22"]

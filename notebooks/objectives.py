@@ -28,14 +28,14 @@ def ipo(chosen, rejected, *, tau=0.1):  # arXiv:2310.12036; tau 0.01, 0.1, 0.5, 
     return losses, tau * chosen_logratios, tau * rejected_logratios
 
 
-def orpo(chosen, rejected, *, lam=0.1):  # arXiv:2403.07691; lambda 0.1, 0.5, 1.0, 2.0
+def orpo(chosen, rejected, *, lambda_=0.1):  # arXiv:2403.07691; lambda 0.1, 0.5, 1.0, 2.0
     # The log odds of p = exp(avg_logp) are avg_logp - log(1 - p). Where p is almost 1, 1 - exp(x)
     # loses all digits, and -expm1(x) none. The clamp keeps log(0) out, where p is 1.
     chosen_log_not_p = torch.log(-torch.expm1(chosen.avg_logp.clamp(max=-1e-9)))
     rejected_log_not_p = torch.log(-torch.expm1(rejected.avg_logp.clamp(max=-1e-9)))
     chosen_log_odds = chosen.avg_logp - chosen_log_not_p
     rejected_log_odds = rejected.avg_logp - rejected_log_not_p
-    losses = -chosen.avg_logp - lam * F.logsigmoid(chosen_log_odds - rejected_log_odds)
+    losses = -chosen.avg_logp - lambda_ * F.logsigmoid(chosen_log_odds - rejected_log_odds)
     return losses, chosen.avg_logp, rejected.avg_logp
 
 
@@ -49,20 +49,22 @@ def kto(chosen, rejected, *, beta=0.1):  # arXiv:2402.01306; beta 0.01, 0.05, 0.
     return losses, chosen_rewards, rejected_rewards
 
 
-def cpo(chosen, rejected, *, beta=0.1, lam=1.0):  # arXiv:2401.08417; beta 0.01, 0.05, 0.1
+def cpo(chosen, rejected, *, beta=0.1, lambda_=1.0):  # arXiv:2401.08417; beta 0.01, 0.05, 0.1
     chosen_rewards = beta * chosen.logp
     rejected_rewards = beta * rejected.logp
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards) - lam * chosen.logp
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards) - lambda_ * chosen.logp
     return losses, chosen_rewards, rejected_rewards
 
 
-def rrhf(chosen, rejected, *, lam=1.0):  # arXiv:2304.05302; lambda 0.1, 0.5, 1.0, 10.0
-    losses = F.relu(rejected.avg_logp - chosen.avg_logp) - lam * chosen.logp
+def rrhf(chosen, rejected, *, lambda_=1.0):  # arXiv:2304.05302; lambda 0.1, 0.5, 1.0, 10.0
+    losses = F.relu(rejected.avg_logp - chosen.avg_logp) - lambda_ * chosen.logp
     return losses, chosen.avg_logp, rejected.avg_logp
 
 
-def slic(chosen, rejected, *, delta=1.0, lam=1.0):  # arXiv:2305.10425; delta 0.5, 1.0, 2.0, 10.0
-    losses = F.relu(delta - chosen.logp + rejected.logp) - lam * chosen.logp
+def slic(
+    chosen, rejected, *, delta=1.0, lambda_=1.0
+):  # arXiv:2305.10425; delta 0.5, 1.0, 2.0, 10.0
+    losses = F.relu(delta - chosen.logp + rejected.logp) - lambda_ * chosen.logp
     return losses, chosen.logp, rejected.logp
 
 
@@ -78,9 +80,9 @@ def simpo_sums(chosen, rejected, *, beta=2.5, gamma=1.4):  # Table 5: no length 
     return losses, beta * chosen.logp, beta * rejected.logp
 
 
-def simpo_sft(chosen, rejected, *, beta=2.5, gamma=1.4, lam=0.05):  # SimPO with an SFT term
+def simpo_sft(chosen, rejected, *, beta=2.5, gamma=1.4, lambda_=0.05):  # SimPO with an SFT term
     losses, chosen_rewards, rejected_rewards = simpo.simpo(chosen, rejected, beta=beta, gamma=gamma)
-    return losses - lam * chosen.avg_logp, chosen_rewards, rejected_rewards
+    return losses - lambda_ * chosen.avg_logp, chosen_rewards, rejected_rewards
 
 
 def alphapo(chosen, rejected, *, beta=2.5, gamma=1.4, alpha=0.25):  # arXiv:2501.03884
