@@ -10,9 +10,9 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 A pair's way: split_row -> render -> tokenize_pair -> collate -> ResponseLogps -> an objective.
 The loop is `fit`. Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
-is the paper's; their gamma_beta_ratio is gamma / beta. (3) What is scored begins after the header
-of the answer and ends with one end of turn. (4) Answers may be cut; a prompt that is too long drops
-its pair, as an empty answer does. (5) Metrics cover all pairs of all processes.
+is the paper's; their gamma_beta_ratio is gamma / beta. (3) Scored is what follows the header of an
+answer, up to one end of turn. (4) A long prompt drops the pair, a long answer is cut. (5) Metrics
+cover all pairs of all processes.
 """
 
 import argparse
@@ -54,8 +54,7 @@ def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta=2.5, gamma=1.4):
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7). *_logps [B]: sums, in nats. The first
-    loss is ln 2, since the policy starts as the reference."""
+    """DPO's loss of each pair, [B] (arXiv:2305.18290, Eq. 7); it starts at ln 2. *_logps: sums."""
     chosen_logratios = chosen_logps - ref_chosen_logps
     rejected_logratios = rejected_logps - ref_rejected_logps
     return -nn.functional.logsigmoid(beta * (chosen_logratios - rejected_logratios))
@@ -89,7 +88,6 @@ class ResponseLogps(nn.Module):
     def __init__(self, model, most_logits=2**27 if ON_GPU else 2**23):  # in fp32 512 or 32 MiB
         super().__init__()
         self.model = model
-        # How many answer tokens have their logits, [chunk, V], at one time.
         self.chunk = max(1, most_logits // model.config.get_text_config().vocab_size)
 
     def hidden_states(self, input_ids, scored):  # -> [2B, T, D]; a faster pass can replace it
@@ -129,21 +127,18 @@ class ResponseLogps(nn.Module):
 def split_row(row):
     """A row in README's formats -> prompt, chosen, rejected: texts, or a list and two messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        if chosen.startswith("[{") and "'role'" in chosen.replace('"', "'"):
-            raise TypeError("messages have become texts, as in a .csv: use .jsonl or .parquet")
+    are_texts = all(isinstance(part, str) for part in (prompt, chosen, rejected))
+    if are_texts and not (chosen.startswith("[{") and "role" in chosen):  # as in a .csv
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise TypeError(f"it needs three texts, or messages, and has {row!s:.300}")
+        raise TypeError(f"it needs three texts, or messages (not in a .csv), and has {row!s:.300}")
     if len(chosen) == len(rejected) == 1:  # answers alone; whole conversations hold the prompt
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         chosen, rejected = turns + chosen, turns + rejected
     for side in (chosen, rejected):
-        texts = [turn["content"] for turn in side]
-        if not all(isinstance(text, str) for text in texts) or side[-1]["role"] != "assistant":
+        if side[-1]["role"] != "assistant" or not all(isinstance(x["content"], str) for x in side):
             raise ValueError(f"messages have texts, and end in one of the assistant: {side!s:.300}")
-    # Role and content make a prompt; other keys of a message, such as an id, may differ.
-    sides = (prompt if isinstance(prompt, list) else [], chosen[:-1], rejected[:-1])
+    sides = (prompt if isinstance(prompt, list) else [], chosen[:-1], rejected[:-1])  # ids may vary
     given, one, other = [[(turn["role"], turn["content"]) for turn in side] for side in sides]
     if not one or one != other or one[: len(given)] != given:
         raise Dropped("no prompt, or different ones")
@@ -189,8 +184,7 @@ def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
         return str(reason)
     if not prompt or not chosen.strip() or not rejected.strip():
         return "an empty prompt or answer"
-    # The end of turn: up to EOS, or else up to the first added token, such as <|im_end|>. A newline
-    # that the template writes behind it is not scored.
+    # The end of turn: up to EOS, or else up to the first added token, such as <|im_end|>.
     end = tokenizer.encode(after, add_special_tokens=False)
     added = [token for token in end if token in tokenizer.added_tokens_decoder]
     last = eos if eos in end or not added else added[0]
@@ -222,8 +216,7 @@ def collate(pairs, pad_token_id=0):
         input_ids       p    q    r    a    b    e    0    0
         scored          .    .    .    x    x    x    .    .
         predicted by              ^    ^    ^         the state one place before
-    In a causal model no token sees what comes after it, so padding on the right needs no mask. What
-    is scored is known by its place, so padding may have the id of EOS."""
+    In a causal model no token sees what comes after it, so padding on the right needs no mask."""
     prompts = [pair["prompt_ids"] for pair in pairs] * 2
     answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
     rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
@@ -242,6 +235,8 @@ def load_pairs(source, split, tokenizer, args):
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     kind = kinds.get(Path(source.lower().removesuffix(".gz")).suffix)
     files = str(Path(source).absolute()) if kind else None
+    if files and not (os.path.isfile(files) and os.path.getsize(files) > 0):
+        sys.exit(f"simpo.py: {source}: there is no such file, or it is empty")
     rows = datasets.load_dataset(kind or source, args.dataset_config, data_files=files, split=split)
     # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
     ids = datasets.List(datasets.Value("int32"))
@@ -317,15 +312,13 @@ def parse_args(argv):
     args.hyperparameters = vars(own_parser.parse_args(rest))
     if (args.model is None) != (args.dataset is None):
         parser.error("--model and --dataset go together")
-    above_0 = (
-        "beta tau lr epochs max_steps max_length max_prompt_length batch_size micro_batch_tokens"
-    )
+    above_0 = "beta tau lr epochs max_steps max_length max_prompt_length "
+    above_0 += "batch_size micro_batch_tokens"
     for name, value in (vars(args) | args.hyperparameters).items():
+        most = 1 if name == "warmup_ratio" else 1e99
         zero_is_wrong = value == 0 and name in above_0.split()
-        if type(value) in (int, float) and (zero_is_wrong or not 0 <= value < math.inf):
+        if type(value) in (int, float) and (zero_is_wrong or not 0 <= value <= most):
             parser.error(f"--{name} {value} is out of its range")
-    if args.eval_dataset and not args.eval_split:
-        args.eval_split = "train"
     args.max_prompt_length = args.max_prompt_length or args.max_length * 1800 // 2048
     return args
 
@@ -374,9 +367,8 @@ def checkpoints(out):  # oldest first; a copy of a person, checkpoint-40-keep, i
     return [out / f"checkpoint-{step}" for step in sorted(map(int, filter(str.isdigit, steps)))]
 
 
-def claim_folder(pairs, args):
+def claim_folder(out, pairs, args):
     """Begin a run in --output_dir -> None; or, with --resume, the checkpoint to go on from."""
-    out = Path(args.output_dir)
     found = checkpoints(out) if args.resume else []
     if RANK == 0:
         checksum = sum(i * zlib.crc32(str(pair).encode()) for i, pair in enumerate(pairs, 1))
@@ -469,8 +461,7 @@ def evaluate(policy, held_out, ref_logps, args):
 
 
 def backward(policy, batch, ref_logps, args):
-    """Leave the gradients of the mean loss of a batch of pairs in the weights of every process -> the
-    means of its metrics. Neither depends on how pairs are spread over micro-batches and processes."""
+    """Add the gradients of a batch's mean loss, on each process all -> the means of its metrics."""
     sums = 0
     for indices, weights in micro_batches(batch, args.micro_batch_tokens):
         pairs = [batch[i] for i in indices]
@@ -491,18 +482,16 @@ def backward(policy, batch, ref_logps, args):
 
 
 def log(row, out):  # the one place where metrics are written; JSON has no NaN
-    row = {name: x if math.isfinite(x) else None for name, x in row.items()}
     with open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a") as file:
-        print(json.dumps(row), file=file)
+        print(json.dumps({k: x if math.isfinite(x) else None for k, x in row.items()}), file=file)
 
 
 def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
-    """Train a model in place on tokenized pairs -> its rows of metrics. Evaluates held_out, which
-    may be [], before the first step, every --eval_every steps and at the end; to these rows what
-    on_evaluate(model, step) returns is added."""
+    """Train a model in place on tokenized pairs -> its rows of metrics. To those of the held-out
+    pairs (there may be none: []) is added what on_evaluate(model, step) returns."""
     out = Path(args.output_dir)
     policy = wrap(model, args)
-    folder = claim_folder(pairs, args)
+    folder = claim_folder(out, pairs, args)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [{"params": weights, "initial_lr": args.lr}]  # a schedule that goes on asks for it
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
@@ -514,8 +503,7 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or args.epochs * per_epoch
     make_schedule = transformers.get_cosine_schedule_with_warmup  # or get_linear_...
-    warmup_steps = int(args.warmup_ratio * steps)  # the first of them has lr 0
-    schedule = make_schedule(optimizer, warmup_steps, steps, last_epoch=done - 1)
+    schedule = make_schedule(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
     print(f"{args.loss} {args.hyperparameters}: {steps - done} steps of {args.batch_size} pairs")
     rows, skipped = [], 0
     bar = tqdm(range(done, steps + 1), initial=done, total=steps, disable=RANK > 0)
@@ -566,8 +554,7 @@ def main(argv=None, on_evaluate=lambda model, step: {}):
     """Train as the flags say -> the last row of metrics. What on_evaluate is, `fit` says."""
     args = parse_args(argv)
     if args.model is None:  # a tiny model and its pairs, trained like any other
-        sys.path.insert(0, str(Path(__file__).parent / "notebooks"))
-        import demo
+        from notebooks import demo
 
         return demo.main(argv)
     by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
@@ -585,18 +572,16 @@ def main(argv=None, on_evaluate=lambda model, step: {}):
         return {}
     if not args.resume and any((out / x).exists() for x in ("config.json", "simpo_run.json")):
         sys.exit(f"simpo.py: {out} holds a run: --resume it, or choose another --output_dir")
-    transformers.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         sys.exit(f"simpo.py: --model {args.model}: {str(error).splitlines()[0]}")
-    usual = transformers.PreTrainedTokenizerBase.apply_chat_template
-    if tokenizer.eos_token_id is None or type(tokenizer).apply_chat_template is not usual:
+    if tokenizer.eos_token_id is None or "MistralCommon" in type(tokenizer).__name__:
         sys.exit(f"simpo.py: a {type(tokenizer).__name__} without EOS, or of mistral-common")
     pairs = load_pairs(args.dataset, args.train_split, tokenizer, args)
-    held_out = []
-    if args.eval_split:
-        held_out = load_pairs(args.eval_dataset or args.dataset, args.eval_split, tokenizer, args)
+    split = args.eval_split or ("train" if args.eval_dataset else None)
+    source = args.eval_dataset or args.dataset
+    held_out = load_pairs(source, split, tokenizer, args) if split else []
     options = {"dtype": "auto", "output_loading_info": True}  # on the CPU, in its file's dtype
     model, report = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
     if missing := sorted(report["missing_keys"]):  # they have been drawn at random

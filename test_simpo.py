@@ -13,6 +13,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import simpo
 
@@ -276,10 +277,10 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def torchrun(processes, *argv):
+def torchrun(processes, *argv, file=SCRIPT):
     """`torchrun --nproc_per_node=processes simpo.py argv`, which has to succeed."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += [f"--master_port={free_port()}", SCRIPT, *argv]
+    command += [f"--master_port={free_port()}", file, *argv]
     command = [str(word) for word in command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -697,7 +698,8 @@ def nine_answers():
 
 
 def test_default_flags_train_with_the_papers_objective(place, tmp_path, nine_answers):
-    """Catches flags whose defaults are not beta 2.5 and gamma 1.4, and swapped metrics."""
+    """Catches flags whose defaults are not beta 2.5 and gamma 1.4, swapped metrics, and a batch of
+    nine that is divided by 128."""
     flags = ["--eval_dataset", place / "seven.jsonl"]
     last, rows = run(place / "llama", place / "nine.jsonl", tmp_path / "out", *flags)
     before, after = evaluations_of(rows)
@@ -785,16 +787,6 @@ def test_passes_hold_every_pair_once_and_no_more_tokens_than_allowed(processes, 
         assert len(number_of_passes) == 1
 
 
-def test_a_smaller_last_batch_is_divided_by_its_own_number_of_pairs(place, tmp_path):
-    """Catches leftovers that count for less, or leak into the next epoch."""
-    data = write_jsonl(tmp_path / "same.jsonl", NINE[:1] * 3)
-    flags = ["--batch_size", 2, "--epochs", 2, *STILL]
-    _, rows = run(place / "llama", data, tmp_path / "out", *flags)
-    assert [row["epoch"] for row in rows] == [0.5, 1.0, 1.5, 2.0]
-    assert [row["grad_norm"] for row in rows] == pytest.approx([rows[0]["grad_norm"]] * 4)
-    assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 4)
-
-
 def test_each_epoch_sees_every_pair_once_in_an_order_of_its_own(place, tmp_path, nine_answers):
     """Catches pairs that are left out, seen twice, or never shuffled."""
     flags = ["--batch_size", 1, "--epochs", 2, *STILL]
@@ -861,55 +853,6 @@ def test_ten_skipped_steps_end_the_run_and_nothing_is_saved(place, tmp_path):
 
 
 # ========================================================================= models
-def make_granite(**options):
-    """It divides its logits; its embedding of id 0, that of padding, is zero."""
-    torch.manual_seed(4)
-    config = transformers.GraniteConfig(**SHAPE | LLAMA | options | {"pad_token_id": 0})
-    return transformers.GraniteForCausalLM(config).eval()
-
-
-def weights_of(folder, change):
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, {"format": "pt"})
-
-
-def test_a_model_that_would_be_scored_wrongly_is_refused(place, tmp_path):
-    """Catches logits that are scaled behind the head, which an id with a zero row does not show,
-    weights that the file lacks, which are drawn at random, NaN, and ids beyond the embedding."""
-    names = ("scaled", "headless", "renamed", "nan", "small")
-    for name in names:
-        small = {"vocab_size": 200} if name == "small" else {}
-        model = make_granite(logits_scaling=8.0) if name == "scaled" else make_llama(**small)
-        write_model(tmp_path / name, model)
-    weights_of(tmp_path / "headless", lambda x: {k: w for k, w in x.items() if "head" not in k})
-    weights_of(tmp_path / "renamed", lambda x: {f"module.{k}": w for k, w in x.items()})
-    weights_of(tmp_path / "nan", lambda x: {k: w * math.nan for k, w in x.items()})
-    ends = [mistake(place, tmp_path / "out", "--model", tmp_path / name) for name in names]
-    assert "GraniteForCausalLM has NaN, scales logits" in ends[0]
-    assert "lacks 1 weights, such as lm_head.weight" in ends[1]
-    assert "lacks 21 weights" in ends[2] and "has NaN" in ends[3] and "more tokens" in ends[4]
-    write_model(tmp_path / "fine", make_granite(logits_scaling=1.0))
-    run(tmp_path / "fine", place / "nine.jsonl", tmp_path / "out", *STILL)
-
-
-def test_a_model_with_weights_that_no_token_uses_trains_and_resumes(tmp_path, place):
-    """Catches processes that wait for a gradient that another one does not have, and a checkpoint
-    that lacks what is asked for: in a mixture of experts, the bias of a router."""
-    torch.manual_seed(5)
-    options = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}
-    options |= SHAPE | LLAMA | {"moe_layer_start_index": 0}
-    config = transformers.Ernie4_5_MoeConfig(**options)
-    write_model(tmp_path / "moe", transformers.Ernie4_5_MoeForCausalLM(config))
-    model, flags = ["--model", tmp_path / "moe"], [*FOURS, "--save_every", 1]
-    run(tmp_path / "moe", place / "nine.jsonl", tmp_path / "one", *flags)
-    torchrun(2, *model, "--dataset", place / "nine.jsonl", *flags, "--output_dir", tmp_path / "two")
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-    ended = tmp_path / "two" / "simpo_ended.json"  # now as if it was killed after its checkpoint
-    ended.rename(tmp_path / "two" / "simpo_run.json")
-    run(tmp_path / "moe", place / "nine.jsonl", tmp_path / "two", *flags, "--resume")
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-
-
 def test_the_saved_model_is_the_trained_one_in_a_fresh_process(place, tmp_path):
     """Catches saved weights, template or generation settings that are not those of training."""
     model = make_llama()
@@ -930,7 +873,7 @@ def test_the_saved_model_is_the_trained_one_in_a_fresh_process(place, tmp_path):
 # ========================================================================= kills and resuming
 # 9 pairs in fours: a smaller last batch, on two processes a pass that one of them has no pair for;
 # checkpoints on both sides of an epoch's end; a reference that is not the policy of any step.
-LONG = ["--batch_size", 4, "--epochs", 8, "--lr", 1e-3, "--save_every", 2]
+LONG = ["--batch_size", 4, "--epochs", 8, "--lr", 1e-3, "--save_every", 2, "--eval_every", 4]
 LONG += ["--loss", "dpo", "--beta", 0.5]
 
 
@@ -955,7 +898,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(kind, plac
     command = long_run(place, out, *flags, "--resume")
     started = start(processes, shown, *long_run(place, expected, *flags))
     assert codes(started) == [0] * processes, shown.read_text()[-3000:]
-    assert len(steps_of(read_metrics(expected))) == 24
+    rows = read_metrics(expected)
+    assert [row["step"] for row in steps_of(rows)] == [*range(1, 25)]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 4, 8, 12, 16, 20, 24]
     rng, metrics = random.Random(kind), out / "metrics.jsonl"
     for steps in (6, 12, 18):
         started = start(processes, shown, *command)
@@ -990,15 +935,63 @@ def test_another_number_of_processes_goes_on(place, tmp_path):
 
 def test_resuming_starts_goes_on_and_ends(place, tmp_path, capsys):
     """Catches --resume that fails where nothing has begun, trains what has ended, or takes a run
-    of other flags for its own; and a run that is overwritten without it."""
-    out = tmp_path / "run"
-    killed_run(place, out, "--resume")
-    assert "holds a run" in mistake(place, out, *long_run(place, out))
-    other = long_run(place, out, "--resume", "--lr", 1e-4, "--beta", 0.1)
+    of other flags or pairs for its own; and a run that is overwritten without it."""
+    out, data = tmp_path / "run", write_jsonl(tmp_path / "data.jsonl", NINE)
+    command = long_run(place, out, "--dataset", data)
+    killed_run(place, out, "--dataset", data, "--resume")
+    assert "holds a run" in mistake(place, out, *command)
+    other = [*command, "--resume", "--lr", 1e-4, "--beta", 0.1]
     assert "other ['lr', 'hyperparameters']" in mistake(place, out, *other)
-    command = [str(x) for x in long_run(place, out, "--resume")]
-    assert simpo.main(command).keys() > {"eval/loss"}
+    write_jsonl(data, [*NINE[:8], chat("Bye", "See you", "!")])
+    assert "other ['pairs']" in mistake(place, out, *command, "--resume")
+    write_jsonl(data, NINE)
+    last = simpo.main([str(x) for x in (*command, "--resume")])
+    assert last == {"step": 24} | last and last.keys() > {"eval/loss"}
     written = (out / "model.safetensors").stat().st_mtime_ns
-    assert simpo.main(command) == {} and "nothing left to do" in capsys.readouterr().out
+    assert simpo.main([str(x) for x in (*command, "--resume")]) == {}
+    assert "nothing left to do" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == written
     assert "holds a run" in mistake(place, out)
+
+
+def test_a_copy_of_a_checkpoint_is_a_persons_own(place, tmp_path):
+    """Catches a copy that the next save deletes, or that --resume takes for a checkpoint."""
+    out, copies = tmp_path / "run", ("checkpoint-2-keep", "checkpoint-old", "checkpoint-")
+    killed_run(place, out)
+    for name in copies:
+        shutil.copytree(*out.glob("checkpoint-*[0-9]"), out / name)
+    simpo.main([str(x) for x in long_run(place, out, "--resume")])
+    assert sorted(x.name for x in out.glob("checkpoint-*")) == sorted([*copies, "checkpoint-22"])
+
+
+def test_of_two_runs_that_begin_in_one_folder_one_trains(place, tmp_path):
+    """Catches rows of two runs in one file."""
+    out, shown = tmp_path / "run", tmp_path / "shown"
+    started = [start(1, shown, *long_run(place, out))[0] for _ in range(2)]
+    assert sorted(codes(started)) == [0, 1] and "FileExistsError" in shown.read_text()
+    assert len(steps_of(read_metrics(out))) == 24
+
+
+# ========================================================================= looking on
+def test_fit_evaluates_and_asks_before_between_and_after(place, tmp_path, monkeypatch):
+    """Catches an evaluation that is late, lost or not written, and a model that is not the one in
+    training; rows that a tracker does not see."""
+    model, seen, logged = make_llama(), [], []
+    pairs = [tokenize(row, make_tokenizer()) for row in NINE]
+    flags = ["--batch_size", "1", "--eval_every", "4", "--lr", "1e-3"]
+    args = simpo.parse_args([*flags, "--output_dir", str(tmp_path / "out")])
+    write = simpo.log
+    monkeypatch.setattr(simpo, "log", lambda row, out: (logged.append(row), write(row, out)))
+
+    def on_evaluate(trained, step):
+        assert trained is model
+        seen.append(step)
+        return {"eval/norm": model.lm_head.weight.norm().item()}
+
+    rows = simpo.fit(model, pairs, pairs[:7], args, on_evaluate)
+    assert rows == logged == read_metrics(tmp_path / "out")
+    assert seen == [0, 4, 8, 9] == [row["step"] for row in rows if "eval/loss" in row]
+    norms = [row["eval/norm"] for row in rows if "eval/norm" in row]
+    assert len(set(norms)) == 4 and norms[-1] == model.lm_head.weight.norm().item()
+    own = metrics_by_hand(slow_answers(model, NINE[:7]))
+    assert rows[-1]["eval/loss"] == pytest.approx(own["loss"], rel=1e-5)

@@ -61,9 +61,7 @@ def rrhf(chosen, rejected, *, lambda_=1.0):  # arXiv:2304.05302; lambda 0.1, 0.5
     return losses, chosen.avg_logp, rejected.avg_logp
 
 
-def slic(
-    chosen, rejected, *, delta=1.0, lambda_=1.0
-):  # arXiv:2305.10425; delta 0.5, 1.0, 2.0, 10.0
+def slic(chosen, rejected, *, delta=1.0, lambda_=1.0):  # arXiv:2305.10425; delta 0.5, 1, 2, 10
     losses = F.relu(delta - chosen.logp + rejected.logp) - lambda_ * chosen.logp
     return losses, chosen.logp, rejected.logp
 
