@@ -1,4 +1,4 @@
-"""SimPO, Simple Preference Optimization with a Reference-Free Reward, and its rivals, in one file.
+"""SimPO, Simple Preference Optimization with a Reference-Free Reward, and DPO, in one file.
 
 For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:2405.14734):
     loss = -log sigmoid( beta/|y_w| log pi(y_w|x)  -  beta/|y_l| log pi(y_l|x)  -  gamma )
@@ -10,9 +10,9 @@ For a prompt x, a chosen answer y_w and a rejected answer y_l (Eq. 6 of arXiv:24
 A pair's way: split_row -> render -> tokenize_pair -> collate -> ResponseLogps -> an objective.
 The loop is `fit`. Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
-is the paper's; their gamma_beta_ratio is gamma / beta. (3) Scored is what follows the header of an
-answer, up to one end of turn. (4) A long prompt drops the pair, a long answer is cut. (5) Metrics
-cover all pairs of all processes.
+is the paper's; their gamma_beta_ratio is gamma / beta. (3) The header of an answer is not scored,
+and one end of turn is. (4) A prompt that is too long drops its pair; only answers are cut. (5) All
+metrics are means over the pairs of all processes.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from collections import Counter, namedtuple
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+import jinja2
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from jinja2 import TemplateError as Dropped  # a template refuses a row, or we skip it
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -45,12 +45,11 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if ON_GPU else torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------ objectives
+# -------------------------------------------------------------- objectives, log-likelihoods
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta=2.5, gamma=1.4):
     """SimPO's loss of each pair, [B] (arXiv:2405.14734, Eq. 6). *_avg_logps [B]: log pi(y|x) / |y|,
     in nats. beta makes rewards of them; the chosen answer must win by the margin gamma."""
-    margins = beta * chosen_avg_logps - beta * rejected_avg_logps
-    return -nn.functional.logsigmoid(margins - gamma)
+    return -nn.functional.logsigmoid(beta * (chosen_avg_logps - rejected_avg_logps) - gamma)
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -61,7 +60,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 # An objective takes the chosen and the rejected answers of B pairs -> losses, chosen rewards and
-# rejected rewards, each [B], rewards without gamma. What stands behind the * becomes a flag.
+# rejected rewards, each [B], without gamma. Its arguments after the * become flags.
 Answers = namedtuple("Answers", "logp avg_logp ref_logp length")  # avg_logp is logp / length
 
 
@@ -81,16 +80,16 @@ OBJECTIVES = {"simpo": simpo, "dpo": dpo}  # more are in notebooks/objectives.py
 NEEDS_REFERENCE = {"dpo"}  # those that read ref_logp; for the others it is None
 
 
-# ------------------------------------------------------------------------------ log-likelihood
 class ResponseLogps(nn.Module):
     """Scores answers with a causal language model. FSDP2 wraps it, not the model inside."""
 
     def __init__(self, model, most_logits=2**27 if ON_GPU else 2**23):  # in fp32 512 or 32 MiB
         super().__init__()
         self.model = model
+        self.autocast = False  # True: matrix products in bf16
         self.chunk = max(1, most_logits // model.config.get_text_config().vocab_size)
 
-    def hidden_states(self, input_ids, scored):  # -> [2B, T, D]; a faster pass can replace it
+    def hidden_states(self, input_ids, scored):  # -> [2B, T, D]; a subclass may need `scored`, too
         body = self.model.model if hasattr(self.model, "model") else self.model.base_model
         return body(input_ids, use_cache=False)[0]
 
@@ -100,12 +99,12 @@ class ResponseLogps(nn.Module):
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits  # Gemma has a cap
 
-    def check(self, ids, tolerance):  # ids [1, T]: our logits against the model's own
+    def check(self, ids, tolerance):  # ids [1, T]; are our logits the model's own, and causal?
         ours = self.logits(self.hidden_states(ids, None))
         own = self.model(ids, use_cache=False).logits.float()
         own_of_five = self.model(ids[:, :5], use_cache=False).logits.float()
         difference = max((ours - own).abs().max(), (own[:, :5] - own_of_five).abs().max())
-        if not difference <= tolerance * own.abs().max():  # NaN is not, either
+        if not difference <= tolerance * own.abs().max():  # also true if there is a NaN
             sys.exit(f"simpo.py: {type(self.model).__name__} has NaN, scales logits or looks ahead")
 
     def token_logps(self, hidden, targets):
@@ -114,11 +113,12 @@ class ResponseLogps(nn.Module):
     def forward(self, input_ids, scored):
         """What `collate` makes of B pairs -> log pi(y|x) of their answers, [2B], fp32, in nats. The
         head, whose logits are large, sees only states that predict a scored token, in chunks."""
-        hidden = self.hidden_states(input_ids, scored)
-        row, place = scored[:, 1:].nonzero(as_tuple=True)  # each [N]
-        targets = input_ids[row, place + 1]  # [N], each predicted one place before it
-        chunks = zip(hidden[row, place].split(self.chunk), targets.split(self.chunk))
-        logps = [checkpoint(self.token_logps, *chunk, use_reentrant=False) for chunk in chunks]
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.hidden_states(input_ids, scored)
+            row, place = scored[:, 1:].nonzero(as_tuple=True)  # each [N]
+            targets = input_ids[row, place + 1]  # [N], each predicted one place before it
+            chunks = zip(hidden[row, place].split(self.chunk), targets.split(self.chunk))
+            logps = [checkpoint(self.token_logps, *chunk, use_reentrant=False) for chunk in chunks]
         sums = torch.zeros(len(input_ids), device=hidden.device)  # [2B]
         return sums.index_add(0, row, torch.cat(logps))
 
@@ -128,7 +128,7 @@ def split_row(row):
     """A row in README's formats -> prompt, chosen, rejected: texts, or a list and two messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     are_texts = all(isinstance(part, str) for part in (prompt, chosen, rejected))
-    if are_texts and not (chosen.startswith("[{") and "role" in chosen):  # as in a .csv
+    if are_texts and not (chosen.startswith("[{") and "role" in chosen):  # messages from a .csv
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise TypeError(f"it needs three texts, or messages (not in a .csv), and has {row!s:.300}")
@@ -138,29 +138,30 @@ def split_row(row):
     for side in (chosen, rejected):
         if side[-1]["role"] != "assistant" or not all(isinstance(x["content"], str) for x in side):
             raise ValueError(f"messages have texts, and end in one of the assistant: {side!s:.300}")
-    sides = (prompt if isinstance(prompt, list) else [], chosen[:-1], rejected[:-1])  # ids may vary
-    given, one, other = [[(turn["role"], turn["content"]) for turn in side] for side in sides]
+    prompts = (chosen[:-1], rejected[:-1], prompt if isinstance(prompt, list) else [])
+    one, other, given = [[(turn["role"], turn["content"]) for turn in x] for x in prompts]
     if not one or one != other or one[: len(given)] != given:
-        raise Dropped("no prompt, or different ones")
+        raise jinja2.TemplateError("no prompt, or different ones")  # as templates refuse messages
     return chosen[:-1], chosen[-1], rejected[-1]
 
 
 def render(prompt, chosen, rejected, tokenizer):
     """Messages, as the chat template writes them -> four texts: the header, all that the model sees
-    before it answers; the chosen and the rejected answer, which are scored; what follows each."""
+    before it answers; the chosen and the rejected answer, which are scored; what follows each. For
+    example "<|user|>2+2?<|end|><|assistant|>", "4", "5" and "<|end|>"."""
     template = tokenizer.apply_chat_template
     header = template(prompt, tokenize=False, add_generation_prompt=True)
-    mark = {"role": "assistant", "content": "@answer@"}  # shows what is written around an answer
-    before, _, after = template([*prompt, mark], tokenize=False).rpartition("@answer@")
+    marker = {"role": "assistant", "content": "@answer@"}  # what is around it is around any answer
+    before, _, after = template([*prompt, marker], tokenize=False).rpartition("@answer@")
     texts = [template([*prompt, answer], tokenize=False) for answer in (chosen, rejected)]
     if before.removeprefix(header).isspace() or not all(x.startswith(before) for x in texts):
-        before = header  # then white space, or an empty <think> beside a full one, is scored
+        before = header  # so white space, or an empty <think> beside a full one, is scored
     for text in texts:
         if not text.startswith(before) or not text[len(before) :].endswith(after):
-            raise Dropped(f"template ends in {text[-40:]!r}, not {before[-20:]!r} ... {after!r}")
+            raise jinja2.TemplateError(f"it ends in {text[-40:]!r}, not {before[-9:]!r}..{after!r}")
     chosen, rejected = [text[len(before) : len(text) - len(after)] for text in texts]
-    # The prompt ends where the answer begins: with a <think> that is written there, or without one.
-    # But if the two have different prompts (Mistral v3, system), the model answers the first.
+    # The prompt ends where the answer begins, with or without a <think> that the template writes.
+    # If the two have different prompts (system in Mistral v3), the model answers the header's.
     if before.startswith(header) or header.startswith(before):
         header = before
     if before.rstrip().endswith(after.strip()):
@@ -180,11 +181,11 @@ def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
             rejected = rejected.removesuffix(tokenizer.eos_token)
         else:
             prompt, chosen, rejected, after = render(prompt, chosen, rejected, tokenizer)
-    except Dropped as reason:
+    except jinja2.TemplateError as reason:
         return str(reason)
     if not prompt or not chosen.strip() or not rejected.strip():
         return "an empty prompt or answer"
-    # The end of turn: up to EOS, or else up to the first added token, such as <|im_end|>.
+    # An answer ends with EOS, or else with the first added token after it, such as <|im_end|>.
     end = tokenizer.encode(after, add_special_tokens=False)
     added = [token for token in end if token in tokenizer.added_tokens_decoder]
     last = eos if eos in end or not added else added[0]
@@ -229,6 +230,7 @@ def collate(pairs, pad_token_id=0):
 def load_pairs(source, split, tokenizer, args):
     """A hub id, folder or file -> tokenized pairs, in mapped files. Says what is left out."""
     import datasets  # here, so that the rest works without it
+    from datasets import List, Value
 
     if LOCAL_RANK > 0:  # the first process of a machine tokenizes, the others read its cache
         dist.barrier()
@@ -237,11 +239,10 @@ def load_pairs(source, split, tokenizer, args):
     files = str(Path(source).absolute()) if kind else None
     if files and not (os.path.isfile(files) and os.path.getsize(files) > 0):
         sys.exit(f"simpo.py: {source}: there is no such file, or it is empty")
-    rows = datasets.load_dataset(kind or source, args.dataset_config, data_files=files, split=split)
+    rows = datasets.load_dataset(kind or source, data_files=files, split=split)
     # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
-    ids = datasets.List(datasets.Value("int32"))
-    columns = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}
-    columns |= {"cut": datasets.Value("bool"), "reason": datasets.Value("string")}
+    columns = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32")))
+    columns |= {"cut": Value("bool"), "reason": Value("string")}
 
     def tokenize(row, index):
         try:
@@ -256,12 +257,11 @@ def load_pairs(source, split, tokenizer, args):
     options["num_proc"] = min(16, os.cpu_count(), len(rows) // 1000) or None
     options |= {"features": datasets.Features(columns), "remove_columns": rows.column_names}
     results = rows.map(tokenize, with_indices=True, **options)
-    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
+    if LOCAL_RANK == 0 and WORLD_SIZE > 1:  # now the others go on, from the barrier above
         dist.barrier()
-    reasons = results["reason"]
-    pairs = results.select([i for i, reason in enumerate(reasons) if reason is None])
+    pairs = results.select([i for i, reason in enumerate(results["reason"]) if reason is None])
     print(f"{source}: {len(rows)} rows, {len(pairs)} pairs, {sum(pairs['cut'])} of them cut")
-    for reason, count in Counter(filter(None, reasons)).most_common(10):
+    for reason, count in Counter(filter(None, results["reason"])).most_common(10):
         print(f"    {count} dropped: {reason}")
     if len(pairs) == 0:
         sys.exit("simpo.py: no pair is left")
@@ -282,7 +282,6 @@ def parse_args(argv):
     add("--model", str, None, "hub id or folder; without it, and without --dataset, the demo")
     add("--dataset", str, None, "pairs: hub id, folder, or .jsonl, .json, .parquet or .csv file")
     add("--eval_dataset", str, None, "held-out pairs; unset: --eval_split of --dataset")
-    add("--dataset_config", str, None, "configuration of a hub id or folder that has several")
     add("--train_split", str, "train", "split of --dataset; slices like train[:1000] work, too")
     add("--eval_split", str, None, "split of the held-out pairs; unset: train of --eval_dataset")
     add("--max_length", int, 2048, "tokens of a prompt and an answer")
@@ -291,7 +290,12 @@ def parse_args(argv):
     add("--loss", str, "simpo", f"the objective; they have flags of their own: {own}", choices=own)
     add("--lr", float, 1e-6, "peak learning rate")
     add("--batch_size", int, 128, "pairs in a step, over all processes")
-    add("--micro_batch_tokens", int, 8192 if ON_GPU else 2048, "tokens in a pass, with padding")
+    add(
+        "--micro_batch_tokens",
+        int,
+        8192 if ON_GPU else 2048,
+        "tokens in a micro-batch, with padding",
+    )
     add("--epochs", int, 1, "times that each pair is seen")
     add("--max_steps", int, None, "optimizer steps; unset: as --epochs says")
     add("--warmup_ratio", float, 0.1, "share of the steps in which the learning rate rises")
@@ -332,7 +336,7 @@ def wrap(model, args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
-            layer.training = True  # a layer in training checkpoints; what is in it stays as it was
+            layer.training = True  # layers checkpoint only then; dropout inside them stays off
     policy = ResponseLogps(model)
     if args.shard:
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -342,33 +346,32 @@ def wrap(model, args):
         fsdp.register_fsdp_forward_method(policy, "check")
     policy.to(DEVICE).float()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new shape of a pass
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.linspace(rows // 10, rows - 1, 12, device=DEVICE).long()[None]  # [1, 12]
+    last = model.get_input_embeddings().weight.shape[0] - 1
+    ids = torch.linspace(last // 10, last, 12, device=DEVICE).long()[None]  # [1, 12], any tokens
     with torch.no_grad():
         policy.check(ids, 0.05 if args.shard and args.dtype == "bf16" else 1e-3)
-    if args.dtype == "bf16" and not args.shard:
-        policy.forward = torch.autocast(DEVICE.type, torch.bfloat16)(policy.forward)
+    policy.autocast = args.dtype == "bf16" and not args.shard  # FSDP2 has its own way
     return policy
 
 
 def save_model(model, tokenizer, out):
-    """Write whole fp32 weights in Hugging Face's format, and then the name that ends the run."""
+    """Write whole fp32 weights in Hugging Face's format; then rename a file: the run has ended."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(model, options=options)
-    if RANK == 0:  # a tied head is the embedding under another name; here each tensor has one name
+    if RANK == 0:  # a tied head is the embedding by another name: keep one name for each tensor
         names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
         model.save_pretrained(out, state_dict={x: state[x] for x in names if x in state})
         tokenizer.save_pretrained(out)
         (out / "simpo_run.json").rename(out / "simpo_ended.json")
 
 
-def checkpoints(out):  # oldest first; a copy of a person, checkpoint-40-keep, is none
+def checkpoints(out):  # the oldest first; somebody's copy, checkpoint-40-keep, is left alone
     steps = [path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*")]
     return [out / f"checkpoint-{step}" for step in sorted(map(int, filter(str.isdigit, steps)))]
 
 
 def claim_folder(out, pairs, args):
-    """Begin a run in --output_dir -> None; or, with --resume, the checkpoint to go on from."""
+    """Begin a run in the folder out -> None; or, with --resume, the checkpoint to go on from."""
     found = checkpoints(out) if args.resume else []
     if RANK == 0:
         checksum = sum(i * zlib.crc32(str(pair).encode()) for i, pair in enumerate(pairs, 1))
@@ -381,7 +384,9 @@ def claim_folder(out, pairs, args):
             sys.exit(f"simpo.py: the run in {out} had other {other}")
     elif RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "simpo_run.json", "w" if args.resume else "x") as file:  # x: one run alone
+        with open(
+            out / "simpo_run.json", "w" if args.resume else "x"
+        ) as file:  # x: an error if it exists
             json.dump(run, file, indent=2)
         (out / "metrics.jsonl").unlink(missing_ok=True)
     return found[-1] if found else None
@@ -410,16 +415,16 @@ def load_checkpoint(folder, policy, optimizer):
 
 # ------------------------------------------------------------------------------ training
 def micro_batches(pairs, most_tokens):
-    """Cut pairs into micro-batches of (indices of pairs, weights), equally many for each process;
-    the longest first, to pad little. A process without a pair repeats another's, with weight 0."""
-    rows = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
-    longest_first = sorted(range(len(pairs)), key=lambda index: rows[index], reverse=True)
+    """Cut pairs into micro-batches of (indices of pairs, weights), as many for each process; the
+    longest first, to pad little. A process without a pair repeats another's, with weight 0."""
+    size = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+    longest_first = sorted(range(len(pairs)), key=lambda index: size[index], reverse=True)
     batches, most_pairs = [], 0
     for start in range(0, len(pairs), WORLD_SIZE):
         group = longest_first[start : start + WORLD_SIZE]  # one pair for each process
         if not batches or len(batches[-1][0]) >= most_pairs:
             batches.append(([], []))
-            most_pairs = most_tokens // (2 * rows[group[0]])  # two rows, as long as the longest
+            most_pairs = most_tokens // (2 * size[group[0]])  # a pair is two rows, both padded
         indices, weights = batches[-1]
         indices.append(group[RANK] if RANK < len(group) else group[0])
         weights.append(1.0 if RANK < len(group) else 0.0)
@@ -427,7 +432,7 @@ def micro_batches(pairs, most_tokens):
 
 
 def apply_objective(logps, pairs, ref_logps, args):
-    """logps of B pairs, [2, B], chosen and rejected -> {metric: [B]}. Any mean over pairs fits."""
+    """logps of B pairs, [2, B], chosen and rejected -> {metric: [B]}. Means are logged."""
     lengths = [[len(p["chosen_ids"]) for p in pairs], [len(p["rejected_ids"]) for p in pairs]]
     lengths = torch.tensor(lengths, device=DEVICE)  # |y|, [2, B]
     averages = logps / lengths  # the length normalization
@@ -454,49 +459,60 @@ def score(policy, pairs, args):
     return logps
 
 
-def evaluate(policy, held_out, ref_logps, args):
-    """-> {"eval/loss": ...} and so on: means over the held-out pairs."""
+def evaluate(policy, held_out, ref_logps, step, args, on_evaluate):
+    """Print and log means over the held-out pairs, and what on_evaluate returns -> the row."""
     metrics = apply_objective(score(policy, held_out, args), held_out, ref_logps, args)
-    return {f"eval/{name}": values.double().mean().item() for name, values in metrics.items()}
+    row = {f"eval/{name}": values.double().mean().item() for name, values in metrics.items()}
+    row = {"step": step} | row | on_evaluate(policy.model, step)
+    tqdm.write(", ".join(f"{name.removeprefix('eval/')} {x:.4g}" for name, x in row.items()))
+    log(row, Path(args.output_dir))
+    return row
 
 
-def backward(policy, batch, ref_logps, args):
-    """Add the gradients of a batch's mean loss, on each process all -> the means of its metrics."""
+def train_step(policy, optimizer, batch, ref_logps, args):
+    """One optimizer step on a batch of pairs, by all processes -> means of its metrics. If the loss
+    or the gradient is not finite, every weight would become NaN, and the step is skipped."""
     sums = 0
     for indices, weights in micro_batches(batch, args.micro_batch_tokens):
         pairs = [batch[i] for i in indices]
-        logps = policy(**collate(pairs)).view(2, -1)  # log pi(y|x) of both, [2, B]
+        logps = policy(**collate(pairs)).view(2, -1)  # log pi(y|x) of both answers, [2, B]
         reference = None if ref_logps is None else ref_logps[:, indices]
         metrics = apply_objective(logps, pairs, reference, args)  # each [B]
-        loss = (weights * metrics["loss"]).sum() / len(batch)  # a share of the mean
+        loss = (weights * metrics["loss"]).sum() / len(batch)  # its part of the batch's mean
         (loss * WORLD_SIZE if args.shard else loss).backward()  # FSDP2 averages over processes
         sums += torch.stack([(weights * x.detach()).double().sum() for x in metrics.values()])
-    for weight in policy.parameters():
-        if weight.requires_grad and weight.grad is None:  # of a vision tower, or an unused expert
-            weight.grad = torch.zeros_like(weight)
-        if weight.requires_grad and WORLD_SIZE > 1 and not args.shard:
-            dist.all_reduce(weight.grad)
+    parameters = [x for x in policy.parameters() if x.requires_grad]
+    for x in parameters:
+        if x.grad is None:  # as in a vision tower, or an expert that no token chose
+            x.grad = torch.zeros_like(x)
+        if WORLD_SIZE > 1 and not args.shard:
+            dist.all_reduce(x.grad)
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
-    return dict(zip(metrics, (sums / len(batch)).tolist()))
+    means = dict(zip(metrics, (sums / len(batch)).tolist()))
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    means["grad_norm"] = (norm.full_tensor() if args.shard else norm).item()
+    if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
+        optimizer.step()
+    optimizer.zero_grad()
+    return means
 
 
-def log(row, out):  # the one place where metrics are written; JSON has no NaN
+def log(row, out):  # all rows of metrics.jsonl are written here; JSON has no NaN
     with open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a") as file:
         print(json.dumps({k: x if math.isfinite(x) else None for k, x in row.items()}), file=file)
 
 
 def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
-    """Train a model in place on tokenized pairs -> its rows of metrics. To those of the held-out
-    pairs (there may be none: []) is added what on_evaluate(model, step) returns."""
+    """Train a model in place on tokenized pairs -> its rows of metrics. Held-out pairs, if any, are
+    evaluated before, every --eval_every steps and at the end, and on_evaluate(model, step), too."""
     out = Path(args.output_dir)
     policy = wrap(model, args)
     folder = claim_folder(out, pairs, args)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [{"params": weights, "initial_lr": args.lr}]  # a schedule that goes on asks for it
+    parameters = [x for x in policy.parameters() if x.requires_grad]
+    groups = [{"params": parameters, "initial_lr": args.lr}]  # a schedule that resumes reads it
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
-    # The reference is the policy as it starts, so it is scored before a checkpoint is loaded.
-    needed = args.loss in NEEDS_REFERENCE
+    needed = args.loss in NEEDS_REFERENCE  # it is the policy here, before a checkpoint is loaded
     ref_logps = score(policy, pairs, args) if needed else None
     held_out_ref_logps = score(policy, held_out, args) if needed else None
     done = load_checkpoint(folder, policy, optimizer) if folder else 0
@@ -506,48 +522,36 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     schedule = make_schedule(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
     print(f"{args.loss} {args.hyperparameters}: {steps - done} steps of {args.batch_size} pairs")
     rows, skipped = [], 0
-    bar = tqdm(range(done, steps + 1), initial=done, total=steps, disable=RANK > 0)
-    for step in bar:  # so many have been taken
-        # Evaluate, then save, so that a run that goes on has each row once.
-        due = step in (0, steps) or (args.eval_every and step % args.eval_every == 0)
-        if due and (step == 0 or step > done) and len(held_out) > 0:
-            row = evaluate(policy, held_out, held_out_ref_logps, args) | on_evaluate(model, step)
-            shown = ", ".join(f"{name.removeprefix('eval/')} {x:.3f}" for name, x in row.items())
-            tqdm.write(f"step {step}: {shown}")
-            rows.append({"step": step} | row)
-            log(rows[-1], out)
-        if args.save_every and step % args.save_every == 0 and done < step < steps:
-            save_checkpoint(policy, optimizer, step, out)
-        if step == steps:
-            return rows
-        # Draw the pairs of a step, in an order of its own for each epoch. Forward and backward.
+    if done == 0 and len(held_out) > 0:
+        rows.append(evaluate(policy, held_out, held_out_ref_logps, 0, args, on_evaluate))
+    bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK > 0)
+    for step in bar:
         started = time.perf_counter()
-        epoch, place = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(args.seed + epoch)
+        epoch, place = divmod(step - 1, per_epoch)
+        generator = torch.Generator().manual_seed(args.seed + epoch)  # an order for each epoch
         drawn = torch.randperm(len(pairs), generator=generator).split(args.batch_size)[place]
         batch = [pairs[i] for i in drawn.tolist()]
-        row = backward(policy, batch, ref_logps[:, drawn] if needed else None, args)
-        # Clip, and step. What is not finite would make every weight NaN.
-        norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf)
-        norm = (norm.full_tensor() if args.shard else norm).item()
-        if math.isfinite(norm) and math.isfinite(row["loss"]):
-            optimizer.step()
-            skipped = 0
-        else:
-            tqdm.write(f"step {step + 1} skipped: loss {row['loss']}, gradient norm {norm}")
-            skipped += 1
-        optimizer.zero_grad()
+        row = train_step(policy, optimizer, batch, ref_logps[:, drawn] if needed else None, args)
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
-        row |= {"step": step + 1, "epoch": (step + 1) / per_epoch, "grad_norm": norm}
-        row |= {"lr": schedule.get_last_lr()[0], "peak_memory_gib": peak / 2**30}
-        row |= {"step_seconds": seconds, "pairs_per_second": len(batch) / seconds}
+        row |= {"step": step, "epoch": step / per_epoch, "lr": schedule.get_last_lr()[0]}
+        row |= {"pairs_per_second": len(batch) / seconds, "step_seconds": seconds}
+        row |= {"peak_memory_gib": peak / 2**30}
         rows.append(row)
         log(row, out)
+        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], lr=row["lr"])
+        skipped = 0 if math.isfinite(row["loss"] + row["grad_norm"]) else skipped + 1
+        if skipped > 0:
+            tqdm.write(f"step {step} skipped: loss {row['loss']}, gradient norm {row['grad_norm']}")
         if skipped == 10:
             sys.exit("simpo.py: ten steps in a row were skipped; nothing is saved")
         schedule.step()
-        bar.set_postfix(loss=row["loss"], accuracy=row["rewards/accuracies"], lr=row["lr"])
+        # Evaluate, then save, so that a run that is resumed has each row once.
+        if len(held_out) > 0 and (step == steps or step % (args.eval_every or steps) == 0):
+            rows.append(evaluate(policy, held_out, held_out_ref_logps, step, args, on_evaluate))
+        if step < steps and step % (args.save_every or steps) == 0:
+            save_checkpoint(policy, optimizer, step, out)
+    return rows
 
 
 def main(argv=None, on_evaluate=lambda model, step: {}):
@@ -558,10 +562,9 @@ def main(argv=None, on_evaluate=lambda model, step: {}):
 
         return demo.main(argv)
     by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    if not by_torchrun and (args.shard or WORLD_SIZE > 1):
-        sys.exit("simpo.py: --shard, and WORLD_SIZE in the environment, are for torchrun")
-    if RANK > 0:  # the first process speaks for all
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if not by_torchrun and (args.shard or RANK > 0 or WORLD_SIZE > 1):
+        sys.exit("simpo.py: --shard, and RANK or WORLD_SIZE in the environment, are for torchrun")
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115
     if ON_GPU:
         torch.cuda.set_device(DEVICE)
     if by_torchrun and not dist.is_initialized():
@@ -579,15 +582,12 @@ def main(argv=None, on_evaluate=lambda model, step: {}):
     if tokenizer.eos_token_id is None or "MistralCommon" in type(tokenizer).__name__:
         sys.exit(f"simpo.py: a {type(tokenizer).__name__} without EOS, or of mistral-common")
     pairs = load_pairs(args.dataset, args.train_split, tokenizer, args)
-    split = args.eval_split or ("train" if args.eval_dataset else None)
-    source = args.eval_dataset or args.dataset
-    held_out = load_pairs(source, split, tokenizer, args) if split else []
+    part = args.eval_split or ("train" if args.eval_dataset else None)
+    held_out = load_pairs(args.eval_dataset or args.dataset, part, tokenizer, args) if part else []
     options = {"dtype": "auto", "output_loading_info": True}  # on the CPU, in its file's dtype
     model, report = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
     if missing := sorted(report["missing_keys"]):  # they have been drawn at random
         sys.exit(f"simpo.py: {args.model} lacks {len(missing)} weights, such as {missing[0]}")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        sys.exit(f"simpo.py: the tokenizer of {args.model} has more tokens than the model")
     rows = fit(model, pairs, held_out, args, on_evaluate)
     save_model(model, tokenizer, out)
     print(f"saved: AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
