@@ -131,7 +131,7 @@ def split_row(row):
     if are_texts and not (chosen.startswith("[{") and "role" in chosen):  # messages from a .csv
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise TypeError(f"it needs three texts, or messages (not in a .csv), and has {row!s:.300}")
+        raise TypeError(f"prompt, chosen, rejected: texts, or messages (no .csv), not {row!s:.300}")
     if len(chosen) == len(rejected) == 1:  # answers alone; whole conversations hold the prompt
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         chosen, rejected = turns + chosen, turns + rejected
@@ -229,8 +229,7 @@ def collate(pairs, pad_token_id=0):
 
 def load_pairs(source, split, tokenizer, args):
     """A hub id, folder or file -> tokenized pairs, in mapped files. Says what is left out."""
-    import datasets  # here, so that the rest works without it
-    from datasets import List, Value
+    from datasets import Features, List, Value, fingerprint, load_dataset  # if needed
 
     if LOCAL_RANK > 0:  # the first process of a machine tokenizes, the others read its cache
         dist.barrier()
@@ -239,8 +238,8 @@ def load_pairs(source, split, tokenizer, args):
     files = str(Path(source).absolute()) if kind else None
     if files and not (os.path.isfile(files) and os.path.getsize(files) > 0):
         sys.exit(f"simpo.py: {source}: there is no such file, or it is empty")
-    rows = datasets.load_dataset(kind or source, data_files=files, split=split)
-    # Other column names? rows = rows.rename_columns({"better": "chosen", "worse": "rejected"})
+    rows = load_dataset(kind or source, data_files=files, split=split)
+    # Other names? rows = rows.rename_columns({"question": "prompt", "better": "chosen", ...})
     columns = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32")))
     columns |= {"cut": Value("bool"), "reason": Value("string")}
 
@@ -253,9 +252,9 @@ def load_pairs(source, split, tokenizer, args):
 
     code = [function.__code__ for function in (split_row, render, tokenize_pair)]
     key = [rows._fingerprint, tokenizer, args.max_length, args.max_prompt_length, code]
-    options = {"new_fingerprint": datasets.fingerprint.Hasher.hash(key)}  # the name in the cache
+    options = {"new_fingerprint": fingerprint.Hasher.hash(key)}  # the name in the cache
     options["num_proc"] = min(16, os.cpu_count(), len(rows) // 1000) or None
-    options |= {"features": datasets.Features(columns), "remove_columns": rows.column_names}
+    options |= {"features": Features(columns), "remove_columns": rows.column_names}
     results = rows.map(tokenize, with_indices=True, **options)
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:  # now the others go on, from the barrier above
         dist.barrier()
@@ -306,10 +305,11 @@ def parse_args(argv):
     add("--seed", int, 0, "fixes the order of pairs, and the demo")
     add("--dtype", str, "bf16" if ON_GPU else "fp32", "matrix products", choices=["bf16", "fp32"])
     add("--output_dir", str, "simpo_output", "folder for the model, metrics and checkpoints")
-    add("--eval_every", int, 100, "steps between evaluations; 0: only the first and the last")
+    add("--eval_every", int, 100, "steps between evaluations, if pairs are held out; 0: start, end")
     add("--save_every", int, 100, "steps between checkpoints; 0: none")
     add("--resume", bool, False, "go on from the last checkpoint; other flags as before")
     args, rest = parser.parse_known_args(argv)
+    # The flags that are left over belong to the objective.
     own_parser = argparse.ArgumentParser(usage=parser.usage, allow_abbrev=False)
     for name, default in (own[args.loss] or {}).items():
         own_parser.add_argument(f"--{name.rstrip('_')}", type=float, default=default, dest=name)
@@ -518,8 +518,8 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     done = load_checkpoint(folder, policy, optimizer) if folder else 0
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or args.epochs * per_epoch
-    make_schedule = transformers.get_cosine_schedule_with_warmup  # or get_linear_...
-    schedule = make_schedule(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
+    cosine = transformers.get_cosine_schedule_with_warmup  # or get_linear_schedule_with_warmup
+    schedule = cosine(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
     print(f"{args.loss} {args.hyperparameters}: {steps - done} steps of {args.batch_size} pairs")
     rows, skipped = [], 0
     if done == 0 and len(held_out) > 0:
@@ -543,8 +543,8 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
         skipped = 0 if math.isfinite(row["loss"] + row["grad_norm"]) else skipped + 1
         if skipped > 0:
             tqdm.write(f"step {step} skipped: loss {row['loss']}, gradient norm {row['grad_norm']}")
-        if skipped == 10:
-            sys.exit("simpo.py: ten steps in a row were skipped; nothing is saved")
+        if skipped in (10, steps):
+            sys.exit(f"simpo.py: {skipped} steps in a row were skipped; nothing is saved")
         schedule.step()
         # Evaluate, then save, so that a run that is resumed has each row once.
         if len(held_out) > 0 and (step == steps or step % (args.eval_every or steps) == 0):

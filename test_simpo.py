@@ -848,8 +848,10 @@ def test_ten_skipped_steps_end_the_run_and_nothing_is_saved(place, tmp_path):
     model, out = write_poisoned(tmp_path / "poisoned"), tmp_path / "out"
     data = write_jsonl(tmp_path / "data.jsonl", [chat(f"~{i}", "a", "b") for i in range(30)])
     end = mistake(place, out, "--model", model, "--dataset", data, "--batch_size", 1)
-    assert "ten steps in a row" in end and not (out / "config.json").exists()
+    assert "10 steps in a row" in end and not (out / "config.json").exists()
     assert [row["loss"] for row in read_metrics(out)] == [None] * 10
+    short = ["--model", model, "--dataset", data, "--batch_size", 10]  # three steps, all skipped
+    assert "3 steps in a row" in mistake(place, tmp_path / "short", *short)
 
 
 # ========================================================================= models

@@ -94,7 +94,7 @@ def main(argv=None):
     if simpo.RANK == 0 and not ("--resume" in argv and FOLDER.exists()):
         shutil.rmtree(FOLDER, ignore_errors=True)  # of an earlier demo
         write_files(FOLDER, simpo.parse_args(argv).seed)
-        print("python simpo.py", *argv)
+        print("python", sys.argv[0], *argv)
     if simpo.WORLD_SIZE > 1:
         dist.barrier()
     return simpo.main(argv, judge)
