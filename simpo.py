@@ -384,9 +384,8 @@ def claim_folder(out, pairs, args):
             sys.exit(f"simpo.py: the run in {out} had other {other}")
     elif RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        with open(
-            out / "simpo_run.json", "w" if args.resume else "x"
-        ) as file:  # x: an error if it exists
+        mode = "w" if args.resume else "x"  # x: an error if the file exists
+        with open(out / "simpo_run.json", mode) as file:
             json.dump(run, file, indent=2)
         (out / "metrics.jsonl").unlink(missing_ok=True)
     return found[-1] if found else None
@@ -533,7 +532,8 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
         batch = [pairs[i] for i in drawn.tolist()]
         row = train_step(policy, optimizer, batch, ref_logps[:, drawn] if needed else None, args)
         seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss, in bytes
+        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * unit
         row |= {"step": step, "epoch": step / per_epoch, "lr": schedule.get_last_lr()[0]}
         row |= {"pairs_per_second": len(batch) / seconds, "step_seconds": seconds}
         row |= {"peak_memory_gib": peak / 2**30}
