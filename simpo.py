@@ -113,7 +113,9 @@ class ResponseLogps(nn.Module):
     def forward(self, input_ids, scored):
         """What `collate` makes of B pairs -> log pi(y|x) of their answers, [2B], fp32, in nats. The
         head, whose logits are large, sees only states that predict a scored token, in chunks."""
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
+        device = self.model.get_input_embeddings().weight.device
+        input_ids, scored = input_ids.to(device), scored.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.hidden_states(input_ids, scored)
             row, place = scored[:, 1:].nonzero(as_tuple=True)  # each [N]
             targets = input_ids[row, place + 1]  # [N], each predicted one place before it
@@ -128,7 +130,7 @@ def split_row(row):
     """A row in README's formats -> prompt, chosen, rejected: texts, or a list and two messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     are_texts = all(isinstance(part, str) for part in (prompt, chosen, rejected))
-    if are_texts and not (chosen.startswith("[{") and "role" in chosen):  # messages from a .csv
+    if are_texts and not chosen.startswith(("[{'role'", "[{'content'", '[{"role"', '[{"content"')):
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise TypeError(f"prompt, chosen, rejected: texts, or messages (no .csv), not {row!s:.300}")
@@ -146,27 +148,26 @@ def split_row(row):
 
 
 def render(prompt, chosen, rejected, tokenizer):
-    """Messages, as the chat template writes them -> four texts: the header, all that the model sees
+    """Messages, as the chat template writes them -> four texts: the prompt, all that the model sees
     before it answers; the chosen and the rejected answer, which are scored; what follows each. For
     example "<|user|>2+2?<|end|><|assistant|>", "4", "5" and "<|end|>"."""
     template = tokenizer.apply_chat_template
-    header = template(prompt, tokenize=False, add_generation_prompt=True)
+    asked = template(prompt, tokenize=False, add_generation_prompt=True)
     marker = {"role": "assistant", "content": "@answer@"}  # what is around it is around any answer
-    before, _, after = template([*prompt, marker], tokenize=False).rpartition("@answer@")
+    start, _, after = template([*prompt, marker], tokenize=False).rpartition("@answer@")
     texts = [template([*prompt, answer], tokenize=False) for answer in (chosen, rejected)]
-    if before.removeprefix(header).isspace() or not all(x.startswith(before) for x in texts):
-        before = header  # so white space, or an empty <think> beside a full one, is scored
+    # White space before answers is scored, and an empty <think> if the other answer has a full one.
+    if start.removeprefix(asked).isspace() or not all(text.startswith(start) for text in texts):
+        start = asked
     for text in texts:
-        if not text.startswith(before) or not text[len(before) :].endswith(after):
-            raise jinja2.TemplateError(f"it ends in {text[-40:]!r}, not {before[-9:]!r}..{after!r}")
-    chosen, rejected = [text[len(before) : len(text) - len(after)] for text in texts]
-    # The prompt ends where the answer begins, with or without a <think> that the template writes.
-    # If the two have different prompts (system in Mistral v3), the model answers the header's.
-    if before.startswith(header) or header.startswith(before):
-        header = before
-    if before.rstrip().endswith(after.strip()):
+        if not text.startswith(start) or not text[len(start) :].endswith(after):
+            raise jinja2.TemplateError(f"it ends in {text[-40:]!r}, not {start[-9:]!r}..{after!r}")
+    chosen, rejected = [text[len(start) : len(text) - len(after)] for text in texts]
+    # Some templates (Mistral v3, system) ask with another prompt than they write before an answer.
+    is_same_prompt = start.startswith(asked) or asked.startswith(start)
+    if start.rstrip().endswith(after.strip()):
         after = ""  # it is the header of the next answer, and no end of turn
-    return header, chosen, rejected, after
+    return start if is_same_prompt else asked, chosen, rejected, after
 
 
 def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
@@ -186,10 +187,10 @@ def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
     if not prompt or not chosen.strip() or not rejected.strip():
         return "an empty prompt or answer"
     # An answer ends with EOS, or else with the first added token after it, such as <|im_end|>.
-    end = tokenizer.encode(after, add_special_tokens=False)
-    added = [token for token in end if token in tokenizer.added_tokens_decoder]
-    last = eos if eos in end or not added else added[0]
-    end = end[: end.index(last) + 1] if last in end else [eos]
+    after_ids = tokenizer.encode(after, add_special_tokens=False)
+    ends = [token for token in after_ids if token == eos]
+    ends = ends or [token for token in after_ids if token in tokenizer.added_tokens_decoder]
+    end = after_ids[: after_ids.index(ends[0]) + 1] if ends else [eos]
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     answers = []
     for text in (chosen, rejected):  # with the prompt: alone, some tokenizers put a space before it
@@ -224,7 +225,7 @@ def collate(pairs, pad_token_id=0):
     scored = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts)]
     rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
     scored = nn.utils.rnn.pad_sequence(scored, batch_first=True)
-    return {"input_ids": rows.to(DEVICE), "scored": scored.to(DEVICE)}
+    return {"input_ids": rows, "scored": scored}
 
 
 def load_pairs(source, split, tokenizer, args):
@@ -308,20 +309,18 @@ def parse_args(argv):
     add("--eval_every", int, 100, "steps between evaluations, if pairs are held out; 0: start, end")
     add("--save_every", int, 100, "steps between checkpoints; 0: none")
     add("--resume", bool, False, "go on from the last checkpoint; other flags as before")
-    args, rest = parser.parse_known_args(argv)
-    # The flags that are left over belong to the objective.
+    args, rest = parser.parse_known_args(argv)  # the rest has to be the objective's
     own_parser = argparse.ArgumentParser(usage=parser.usage, allow_abbrev=False)
     for name, default in (own[args.loss] or {}).items():
         own_parser.add_argument(f"--{name.rstrip('_')}", type=float, default=default, dest=name)
     args.hyperparameters = vars(own_parser.parse_args(rest))
     if (args.model is None) != (args.dataset is None):
         parser.error("--model and --dataset go together")
-    above_0 = "beta tau lr epochs max_steps max_length max_prompt_length "
-    above_0 += "batch_size micro_batch_tokens"
+    zero = "gamma lambda_ delta warmup_ratio weight_decay max_grad_norm seed eval_every save_every"
     for name, value in (vars(args) | args.hyperparameters).items():
+        least = 0 if name in zero.split() else 1e-99  # these may be 0
         most = 1 if name == "warmup_ratio" else 1e99
-        zero_is_wrong = value == 0 and name in above_0.split()
-        if type(value) in (int, float) and (zero_is_wrong or not 0 <= value <= most):
+        if type(value) in (int, float) and not least <= value <= most:
             parser.error(f"--{name} {value} is out of its range")
     args.max_prompt_length = args.max_prompt_length or args.max_length * 1800 // 2048
     return args

@@ -61,7 +61,7 @@ def write_files(folder, seed, train_pairs=3200, fit_steps=400):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=fit_steps)
     for _ in tqdm(range(fit_steps), "making the demo's model", leave=False):
         batch = simpo.collate(rng.sample(pairs, 16))
-        (-policy(**batch) / batch["scored"].sum(1)).mean().backward()  # sft, on both answers alike
+        (-policy(**batch) / batch["scored"].sum(1).to(simpo.DEVICE)).mean().backward()  # sft
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -87,7 +87,7 @@ def judge(model, step, folder=FOLDER):
 
 
 def main(argv=None):
-    """Write the demo and train it. Flags are those of simpo.py; FLAGS has their defaults."""
+    """Write the demo and train it, with the flags of simpo.py; FLAGS has other defaults."""
     argv = [*FLAGS.split(), *(sys.argv[1:] if argv is None else argv)]
     if simpo.WORLD_SIZE > 1:
         dist.init_process_group(device_id=simpo.DEVICE if simpo.ON_GPU else None)
