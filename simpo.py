@@ -232,8 +232,6 @@ def load_pairs(source, split, tokenizer, args):
     """A hub id, folder or file -> tokenized pairs, in mapped files. Says what is left out."""
     from datasets import Features, List, Value, fingerprint, load_dataset  # if needed
 
-    if LOCAL_RANK > 0:  # the first process of a machine tokenizes, the others read its cache
-        dist.barrier()
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     kind = kinds.get(Path(source.lower().removesuffix(".gz")).suffix)
     files = str(Path(source).absolute()) if kind else None
@@ -257,10 +255,9 @@ def load_pairs(source, split, tokenizer, args):
     options["num_proc"] = min(16, os.cpu_count(), len(rows) // 1000) or None
     options |= {"features": Features(columns), "remove_columns": rows.column_names}
     results = rows.map(tokenize, with_indices=True, **options)
-    if LOCAL_RANK == 0 and WORLD_SIZE > 1:  # now the others go on, from the barrier above
-        dist.barrier()
     pairs = results.select([i for i, reason in enumerate(results["reason"]) if reason is None])
     print(f"{source}: {len(rows)} rows, {len(pairs)} pairs, {sum(pairs['cut'])} of them cut")
+    print("    columns not read:", sorted({*rows.column_names} - {"prompt", "chosen", "rejected"}))
     for reason, count in Counter(filter(None, results["reason"])).most_common(10):
         print(f"    {count} dropped: {reason}")
     if len(pairs) == 0:
@@ -580,9 +577,13 @@ def main(argv=None, on_evaluate=lambda model, step: {}):
         sys.exit(f"simpo.py: --model {args.model}: {str(error).splitlines()[0]}")
     if tokenizer.eos_token_id is None or "MistralCommon" in type(tokenizer).__name__:
         sys.exit(f"simpo.py: a {type(tokenizer).__name__} without EOS, or of mistral-common")
+    if LOCAL_RANK > 0:  # the first process of a machine tokenizes, the others read its cache
+        dist.barrier()
     pairs = load_pairs(args.dataset, args.train_split, tokenizer, args)
     part = args.eval_split or ("train" if args.eval_dataset else None)
     held_out = load_pairs(args.eval_dataset or args.dataset, part, tokenizer, args) if part else []
+    if LOCAL_RANK == 0 and WORLD_SIZE > 1:  # now the others read
+        dist.barrier()
     options = {"dtype": "auto", "output_loading_info": True}  # on the CPU, in its file's dtype
     model, report = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
     if missing := sorted(report["missing_keys"]):  # they have been drawn at random

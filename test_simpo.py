@@ -681,12 +681,12 @@ def test_pairs_are_tokenized_once_and_again_when_code_has_changed(tmp_path, monk
 def test_what_is_dropped_and_cut_is_said(place, tmp_path, capsys):
     """Catches input that is changed without a word."""
     rows = [*NINE, chat("Hi", "a", "a"), chat("Hi", "", "b"), chat("Hi", "a", "a"), SEVEN[6]]
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    data = write_jsonl(tmp_path / "data.jsonl", [row | {"system": "Be brief."} for row in rows])
     args = simpo.parse_args(["--max_length", "60"])
     assert len(simpo.load_pairs(str(data), "train", make_tokenizer(), args)) == 10
     shown = capsys.readouterr().out
     assert "13 rows, 10 pairs, 1 of them cut" in shown and "2 dropped: identical answers" in shown
-    assert "1 dropped: an empty prompt or answer" in shown
+    assert "1 dropped: an empty prompt or answer" in shown and "not read: ['system']" in shown
     assert "prompt_ids end in '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'" in shown
     assert "chosen_ids end in 'Hello!<|im_end|>'" in shown
 
