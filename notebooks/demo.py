@@ -91,7 +91,7 @@ def main(argv=None):
     argv = [*FLAGS.split(), *(sys.argv[1:] if argv is None else argv)]
     if simpo.WORLD_SIZE > 1:
         dist.init_process_group(device_id=simpo.DEVICE if simpo.ON_GPU else None)
-    if simpo.RANK == 0 and not ("--resume" in argv and FOLDER.exists()):
+    if simpo.RANK == 0 and not ("--resume" in argv and (FOLDER / "start").exists()):
         shutil.rmtree(FOLDER, ignore_errors=True)  # of an earlier demo
         write_files(FOLDER, simpo.parse_args(argv).seed)
         print("python", sys.argv[0], *argv)
