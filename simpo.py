@@ -238,6 +238,8 @@ def load_pairs(source, split, tokenizer, args):
     if files and not (os.path.isfile(files) and os.path.getsize(files) > 0):
         sys.exit(f"simpo.py: {source}: there is no such file, or it is empty")
     rows = load_dataset(kind or source, data_files=files, split=split)
+    if "Json(" in str([rows.features.get(x) for x in ("prompt", "chosen", "rejected")]):
+        sys.exit(f"simpo.py: {source} mixes texts and messages, so that the text 24 is a number")
     # Other names? rows = rows.rename_columns({"question": "prompt", "better": "chosen", ...})
     columns = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32")))
     columns |= {"cut": Value("bool"), "reason": Value("string")}
@@ -380,8 +382,7 @@ def claim_folder(out, pairs, args):
             sys.exit(f"simpo.py: the run in {out} had other {other}")
     elif RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        mode = "w" if args.resume else "x"  # x: an error if the file exists
-        with open(out / "simpo_run.json", mode) as file:
+        with open(out / "simpo_run.json", "w" if args.resume else "x") as file:  # x: if it is new
             json.dump(run, file, indent=2)
         (out / "metrics.jsonl").unlink(missing_ok=True)
     return found[-1] if found else None
@@ -504,8 +505,7 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     out = Path(args.output_dir)
     policy = wrap(model, args)
     folder = claim_folder(out, pairs, args)
-    parameters = [x for x in policy.parameters() if x.requires_grad]
-    groups = [{"params": parameters, "initial_lr": args.lr}]  # a schedule that resumes reads it
+    groups = [{"params": [x for x in model.parameters() if x.requires_grad], "initial_lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     needed = args.loss in NEEDS_REFERENCE  # it is the policy here, before a checkpoint is loaded
     ref_logps = score(policy, pairs, args) if needed else None

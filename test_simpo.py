@@ -599,7 +599,7 @@ def test_no_row_is_longer_than_allowed_and_nothing_is_cut_that_fits():
 class Rows(list):
     """A list that load_pairs takes for a dataset: Arrow would refuse rows of mixed types."""
 
-    column_names, _fingerprint = ("prompt", "chosen", "rejected"), "made up"
+    column_names, _fingerprint, features = ("prompt", "chosen", "rejected"), "made up", {}
 
     def map(self, function, features, **_):
         return datasets.Dataset.from_list([function(*x) for x in zip(self, range(9))], features)

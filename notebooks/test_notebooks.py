@@ -44,10 +44,9 @@ importlib.import_module("objectives")  # adds its own to simpo.OBJECTIVES
 # The defaults, written here a second time.
 HYPER = {"simpo": {"beta": 2.5, "gamma": 1.4}, "dpo": {"beta": 0.01}, "sft": {}}
 HYPER |= {"simpo_sums": HYPER["simpo"], "simpo_sft": {**HYPER["simpo"], "lambda_": 0.05}}
-HYPER |= {"alphapo": {**HYPER["simpo"], "alpha": 0.25}, "ipo": {"tau": 0.1}}
+HYPER |= {"alphapo": {**HYPER["simpo"], "alpha": 0.25}, "rdpo": {"beta": 0.1, "alpha": 0.05}}
 HYPER |= {"orpo": {"lambda_": 0.1}, "kto": {"beta": 0.1}, "cpo": {"beta": 0.1, "lambda_": 1.0}}
-HYPER |= {"rrhf": {"lambda_": 1.0}, "slic": {"delta": 1.0, "lambda_": 1.0}}
-HYPER |= {"rdpo": {"beta": 0.1, "alpha": 0.05}}
+HYPER |= {"ipo": {"tau": 0.1}, "rrhf": {"lambda_": 1.0}, "slic": {"delta": 1.0, "lambda_": 1.0}}
 # And other values, no two of them equal.
 OTHERS = {name: {x: 0.3 + 0.4 * i for i, x in enumerate(own)} for name, own in HYPER.items()}
 every_objective = pytest.mark.parametrize("name", HYPER)
@@ -286,6 +285,8 @@ def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
     out, empty = tmp_path / "out", write_jsonl(tmp_path / "empty.jsonl", [])
     for path in (tmp_path / "absent.jsonl", empty):
         assert "no such file, or it is empty" in mistake(place, out, "--dataset", path)
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [PLAIN[0] | {"chosen": "24"}, NINE[0]])
+    assert "mixes texts and messages" in mistake(place, out, "--dataset", mixed)
     nothing = write_jsonl(tmp_path / "nothing.jsonl", [chat("x", "a", "a")])
     assert "no pair" in mistake(place, out, "--dataset", nothing)
     assert "holds a run" in mistake(place, place / "llama")
