@@ -133,13 +133,14 @@ def split_row(row):
     if are_texts and not chosen.startswith(("[{'role'", "[{'content'", '[{"role"', '[{"content"')):
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise TypeError(f"prompt, chosen, rejected: texts, or messages (no .csv), not {row!s:.300}")
+        raise TypeError(f"prompt, chosen and rejected must be texts, or messages: {row!s:.300}")
     if len(chosen) == len(rejected) == 1:  # answers alone; whole conversations hold the prompt
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         chosen, rejected = turns + chosen, turns + rejected
     for side in (chosen, rejected):
         if side[-1]["role"] != "assistant" or not all(isinstance(x["content"], str) for x in side):
             raise ValueError(f"messages have texts, and end in one of the assistant: {side!s:.300}")
+    # Role and content make a prompt; other keys of a message, such as an id, may differ.
     prompts = (chosen[:-1], rejected[:-1], prompt if isinstance(prompt, list) else [])
     one, other, given = [[(turn["role"], turn["content"]) for turn in x] for x in prompts]
     if not one or one != other or one[: len(given)] != given:
@@ -230,7 +231,7 @@ def collate(pairs, pad_token_id=0):
 
 def load_pairs(source, split, tokenizer, args):
     """A hub id, folder or file -> tokenized pairs, in mapped files. Says what is left out."""
-    from datasets import Features, List, Value, fingerprint, load_dataset  # if needed
+    from datasets import Features, List, Value, fingerprint, load_dataset  # not for fit
 
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     kind = kinds.get(Path(source.lower().removesuffix(".gz")).suffix)
@@ -289,12 +290,7 @@ def parse_args(argv):
     add("--loss", str, "simpo", f"the objective; they have flags of their own: {own}", choices=own)
     add("--lr", float, 1e-6, "peak learning rate")
     add("--batch_size", int, 128, "pairs in a step, over all processes")
-    add(
-        "--micro_batch_tokens",
-        int,
-        8192 if ON_GPU else 2048,
-        "tokens in a micro-batch, with padding",
-    )
+    add("--micro_batch_tokens", int, 8192 if ON_GPU else 2048, "tokens in a micro-batch, padded")
     add("--epochs", int, 1, "times that each pair is seen")
     add("--max_steps", int, None, "optimizer steps; unset: as --epochs says")
     add("--warmup_ratio", float, 0.1, "share of the steps in which the learning rate rises")
@@ -382,7 +378,8 @@ def claim_folder(out, pairs, args):
             sys.exit(f"simpo.py: the run in {out} had other {other}")
     elif RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "simpo_run.json", "w" if args.resume else "x") as file:  # x: if it is new
+        mode = "w" if args.resume else "x"  # x: an error if the file exists
+        with open(out / "simpo_run.json", mode) as file:
             json.dump(run, file, indent=2)
         (out / "metrics.jsonl").unlink(missing_ok=True)
     return found[-1] if found else None
@@ -500,11 +497,12 @@ def log(row, out):  # all rows of metrics.jsonl are written here; JSON has no Na
 
 
 def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
-    """Train a model in place on tokenized pairs -> its rows of metrics. Held-out pairs, if any, are
-    evaluated before, every --eval_every steps and at the end, and on_evaluate(model, step), too."""
+    """Train a model in place on tokenized pairs -> its rows of metrics. Held-out pairs are scored
+    first, every --eval_every steps and last; on_evaluate(model, step) returns further metrics."""
     out = Path(args.output_dir)
     policy = wrap(model, args)
     folder = claim_folder(out, pairs, args)
+    # A schedule that starts in the middle, as after --resume, asks for initial_lr.
     groups = [{"params": [x for x in model.parameters() if x.requires_grad], "initial_lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     needed = args.loss in NEEDS_REFERENCE  # it is the policy here, before a checkpoint is loaded
@@ -539,7 +537,7 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
         skipped = 0 if math.isfinite(row["loss"] + row["grad_norm"]) else skipped + 1
         if skipped > 0:
             tqdm.write(f"step {step} skipped: loss {row['loss']}, gradient norm {row['grad_norm']}")
-        if skipped in (10, steps):
+        if skipped in (10, steps):  # ten, or all of a short run
             sys.exit(f"simpo.py: {skipped} steps in a row were skipped; nothing is saved")
         schedule.step()
         # Evaluate, then save, so that a run that is resumed has each row once.
@@ -588,6 +586,8 @@ def main(argv=None, on_evaluate=lambda model, step: {}):
     model, report = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
     if missing := sorted(report["missing_keys"]):  # they have been drawn at random
         sys.exit(f"simpo.py: {args.model} lacks {len(missing)} weights, such as {missing[0]}")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        sys.exit(f"simpo.py: the tokenizer of {args.model} has more tokens than the model")
     rows = fit(model, pairs, held_out, args, on_evaluate)
     save_model(model, tokenizer, out)
     print(f"saved: AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
