@@ -11,8 +11,7 @@ A pair's way: split_row -> render -> tokenize_pair -> collate -> ResponseLogps -
 The loop is `fit`. Shapes: B pairs, T tokens of a row, N answer tokens, V vocabulary, D hidden.
 Departures from the authors' code, princeton-nlp/SimPO: (1) Weights and Adam are fp32. (2) --gamma
 is the paper's; their gamma_beta_ratio is gamma / beta. (3) The header of an answer is not scored,
-and one end of turn is. (4) A prompt that is too long drops its pair; only answers are cut. (5) All
-metrics are means over the pairs of all processes.
+and one end of turn is. (4) A prompt that is too long drops its pair; only answers are cut.
 """
 
 import argparse
@@ -43,6 +42,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if ON_GPU else torch.device("cpu")
+NOT_FROZEN = dcp_state.StateDictOptions(ignore_frozen_params=True)  # for checkpoints
 
 
 # -------------------------------------------------------------- objectives, log-likelihoods
@@ -89,9 +89,9 @@ class ResponseLogps(nn.Module):
         self.autocast = False  # True: matrix products in bf16
         self.chunk = max(1, most_logits // model.config.get_text_config().vocab_size)
 
-    def hidden_states(self, input_ids, scored):  # -> [2B, T, D]; a subclass may need `scored`, too
+    def hidden_states(self, input_ids, scored, **options):  # -> [2B, T, D]; fast.py reads `scored`
         body = self.model.model if hasattr(self.model, "model") else self.model.base_model
-        return body(input_ids, use_cache=False)[0]
+        return body(input_ids, use_cache=False, **options)[0]
 
     def logits(self, hidden):
         head = self.model.get_output_embeddings()
@@ -179,8 +179,7 @@ def tokenize_pair(row, tokenizer, max_length, max_prompt_length):
         prompt, chosen, rejected = split_row(row)
         is_text, after = isinstance(prompt, str), ""
         if is_text:
-            chosen = chosen.removesuffix(tokenizer.eos_token)
-            rejected = rejected.removesuffix(tokenizer.eos_token)
+            chosen, rejected = [x.removesuffix(tokenizer.eos_token) for x in (chosen, rejected)]
         else:
             prompt, chosen, rejected, after = render(prompt, chosen, rejected, tokenizer)
     except jinja2.TemplateError as reason:
@@ -271,13 +270,13 @@ def load_pairs(source, split, tokenizer, args):
 
 
 # ------------------------------------------------------------------------------ command line
-def parse_args(argv):
+def parse_args(argv, more_flags=lambda parser: None):
     """The command line -> its flags, and args.hyperparameters, those that the objective reads."""
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", allow_abbrev=False)
 
     def add(flag, kind, default, text, **more):
         more |= {"action": "store_true"} if kind is bool else {"type": kind}
-        parser.add_argument(flag, default=default, help=f"{text} ({default})", **more)
+        parser.add_argument(flag, default=default, help=f"{text} (%(default)s)", **more)
 
     add("--model", str, None, "hub id or folder; without it, and without --dataset, the demo")
     add("--dataset", str, None, "pairs: hub id, folder, or .jsonl, .json, .parquet or .csv file")
@@ -304,6 +303,7 @@ def parse_args(argv):
     add("--eval_every", int, 100, "steps between evaluations, if pairs are held out; 0: start, end")
     add("--save_every", int, 100, "steps between checkpoints; 0: none")
     add("--resume", bool, False, "go on from the last checkpoint; other flags as before")
+    more_flags(parser)  # those of an extension, as in notebooks/lora.py
     args, rest = parser.parse_known_args(argv)  # the rest has to be the objective's
     own_parser = argparse.ArgumentParser(usage=parser.usage, allow_abbrev=False)
     for name, default in (own[args.loss] or {}).items():
@@ -387,7 +387,7 @@ def claim_folder(out, pairs, args):
 
 def save_checkpoint(policy, optimizer, step, out):
     """Write checkpoint-STEP, all processes together. It gets its name when it is whole."""
-    weights, moments = dcp_state.get_state_dict(policy, optimizer)
+    weights, moments = dcp_state.get_state_dict(policy, optimizer, options=NOT_FROZEN)
     dcp.save({"weights": weights, "moments": moments}, checkpoint_id=out / "new")
     if RANK == 0:
         shutil.copy(out / "metrics.jsonl", out / "new")
@@ -398,9 +398,9 @@ def save_checkpoint(policy, optimizer, step, out):
 
 def load_checkpoint(folder, policy, optimizer):
     """Fill in policy and optimizer, and take metrics.jsonl back to their step -> that step."""
-    weights, moments = dcp_state.get_state_dict(policy, optimizer)
+    weights, moments = dcp_state.get_state_dict(policy, optimizer, options=NOT_FROZEN)
     dcp.load({"weights": weights, "moments": moments}, checkpoint_id=folder)  # in place
-    dcp_state.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    dcp_state.set_optimizer_state_dict(policy, optimizer, moments)
     if RANK == 0:
         shutil.copy(folder / "metrics.jsonl", folder.parent)
     return int(folder.name.removeprefix("checkpoint-"))
@@ -567,7 +567,7 @@ def main(argv=None, on_evaluate=lambda model, step: {}):
     if args.resume and (out / "simpo_ended.json").exists():
         print(f"{out} holds the trained model: there is nothing left to do")
         return {}
-    if not args.resume and any((out / x).exists() for x in ("config.json", "simpo_run.json")):
+    if not args.resume and [*out.glob("simpo_*.json"), *out.glob("config.json")]:
         sys.exit(f"simpo.py: {out} holds a run: --resume it, or choose another --output_dir")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)

@@ -1,0 +1,76 @@
+"""Pairs of a model's own answers, to train it on, as the paper's Instruct models were: of five
+samples to a prompt the best and the worst, by a reward model. Where all scores are equal, no pair.
+
+    python notebooks/pairs.py --model M --instructions D --reward R --output pairs.jsonl
+
+D has prompts as README's formats have, a hub id or file. R is a sequence classifier with one score
+and a chat template. If a run is killed, the same command goes on; scores are made again.
+"""
+
+import argparse
+import json
+import sys
+
+import answers
+import sampling
+import torch
+import transformers
+from tqdm import tqdm
+
+
+def make_question(row, args):
+    if not (row.get("prompt") or row.get("chosen")):
+        sys.exit(f"{args.instructions} has neither a column prompt nor chosen, or a row lacks both")
+    prompt = row.get("prompt") or row["chosen"][:-1]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    return {"turns": [prompt], "temperature": args.temperature}
+
+
+@torch.no_grad()
+def score(reward, tokenizer, conversation):
+    """How good the last message of a conversation is, by the reward model."""
+    template = tokenizer.apply_chat_template
+    ids = template(conversation, return_tensors="pt", return_dict=False)
+    return reward(ids.to(reward.device)).logits.item()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", allow_abbrev=False)
+    answers.add_flags(parser, top_p=0.95)
+    parser.set_defaults(max_new_tokens=4096)
+    add = parser.add_argument
+    add("--samples", type=int, default=5, help="answers to each prompt (%(default)s)")
+    add("--temperature", type=float, default=0.8, help="of the samples (%(default)s)")
+    add("--reward", required=True, help="hub id or folder of the reward model")
+    args = parser.parse_args(argv)
+    rows = answers.read_rows(args)
+    questions = [make_question(row, args) for row in rows for _ in range(args.samples)]
+    reward, tokenizer = sampling.load(args.reward, transformers.AutoModelForSequenceClassification)
+    if reward.config.num_labels != 1:
+        sys.exit(f"{args.reward} has {reward.config.num_labels} scores, not one")
+    device = reward.device
+    reward.cpu()  # it waits there, while the model answers
+    conversations = sampling.answer_all(questions, args)
+    reward.to(device)
+    pairs = []
+    for start in tqdm(range(0, len(conversations), args.samples), "scoring"):
+        samples = conversations[start : start + args.samples]
+        scores = [score(reward, tokenizer, sample) for sample in samples]
+        *prompt, chosen = samples[scores.index(max(scores))]
+        rejected = samples[scores.index(min(scores))][-1]
+        if max(scores) > min(scores):
+            pair = {"prompt": prompt}
+            for side, message in (("chosen", chosen), ("rejected", rejected)):
+                pair[side] = [{"role": "assistant", "content": message["content"]}]
+            pairs.append(pair)
+    sampling.finish("".join(json.dumps(pair) + "\n" for pair in pairs), args)
+    print(
+        f"{len(rows)} prompts, {len(pairs)} pairs; {len(rows) - len(pairs)} dropped: equal scores"
+    )
+    print(f"next: python simpo.py --model {args.model} --dataset {args.output}")
+
+
+if __name__ == "__main__":
+    main()
