@@ -256,10 +256,9 @@ def untimed_rows(out):
 def assert_same_training(one, two):
     """The same rows of metrics.jsonl, timings apart, and the same weights, but for rounding."""
     rows_one, rows_two = untimed_rows(one), untimed_rows(two)
-    assert len(rows_one) == len(rows_two)
-    for row_one, row_two in zip(rows_one, rows_two):
+    for row_one, row_two in zip(rows_one, rows_two, strict=True):
         assert row_one == pytest.approx(row_two, rel=1e-5, abs=1e-6)
-    weights_one, weights_two = (load_file(out / "model.safetensors") for out in (one, two))
+    weights_one, weights_two = (load_file(*out.glob("*model.safetensors")) for out in (one, two))
     assert weights_one.keys() == weights_two.keys()
     for name in weights_one:
         torch.testing.assert_close(weights_one[name], weights_two[name], rtol=0, atol=2e-6)
@@ -268,7 +267,8 @@ def assert_same_training(one, two):
 def assert_same_bits(one, two):
     """The same weights, bit by bit, and the same rows of metrics.jsonl, timings apart."""
     assert untimed_rows(one) == untimed_rows(two)
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    (file_one,), (file_two,) = (out.glob("*model.safetensors") for out in (one, two))
+    assert file_one.read_bytes() == file_two.read_bytes()
 
 
 def free_port():
@@ -474,9 +474,9 @@ CHANNEL = (
     "{% endif %}"
 )
 LATE = (  # the system prompt stands in the last turn of the user, if that is the last turn
-    "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.last %}{{ messages[0].content "
-    "}} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{{ m.content }}</s>"
-    "{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.last %}"
+    "{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
 ENDLESS = (  # each text ends with the header of an answer
     "{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>' + m.content }}{% endfor %}"
@@ -509,7 +509,8 @@ KINDS_OF_TEMPLATES = {  # arguments of make_tokenizer, the prompt's text, the en
     "white space before the answer": Kind(WORDS, "[INST] Hi? [/INST]", "</s>", " So.", " No!"),
     "no end of turn but the next header": Kind(
         {"template": ENDLESS, "eos": "</s>"},
-        "<|header|>system<|/header|>Be kind.<|header|>user<|/header|>Hi?<|header|>assistant<|/header|>",
+        "<|header|>system<|/header|>Be kind.<|header|>user<|/header|>Hi?"
+        "<|header|>assistant<|/header|>",
         "</s>",
     ),
     "no generation prompt": Kind({"template": CHATML.split(GENERATE)[0]}, USER, "<|im_end|>"),
@@ -918,9 +919,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(kind, plac
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
 
 
-def killed_run(place, out, *flags):
+def killed_run(place, out, *flags, file=SCRIPT):
     """A run of one process that is killed as soon as it has a checkpoint."""
-    (process,) = start(1, out.parent / "shown", *long_run(place, out, *flags))
+    (process,) = start(1, out.parent / "shown", *long_run(place, out, *flags), file=file)
     wait_for(lambda: list(out.glob("checkpoint-*")))
     process.kill()
     process.join()
