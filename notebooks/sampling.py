@@ -35,7 +35,6 @@ def tokenize(conversation, tokenizer):
     return pair["prompt_ids"], pair["chosen_ids"][-1]
 
 
-@torch.no_grad()
 def answer(model, tokenizer, conversations, temperature, top_p=1.0, most=4096):
     """A batch of conversations, lists of messages -> the next message of each. In that, "cut" is
     true if it did not end within most tokens. Temperature 0 takes the likeliest token always."""
@@ -43,26 +42,28 @@ def answer(model, tokenizer, conversations, temperature, top_p=1.0, most=4096):
     tokenizer.pad_token = tokenizer.eos_token
     # An answer begins where its row ends. So padding is on the left, and a mask hides it.
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    options = {"max_new_tokens": most, "eos_token_id": end, "pad_token_id": end}
+    ends = {end, *torch.tensor(model.generation_config.eos_token_id or end).view(-1).tolist()}
+    options = {"max_new_tokens": most, "eos_token_id": [*ends], "pad_token_id": end}
     if temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     options = transformers.GenerationConfig(**options)  # none of the model's own
     rows = model.generate(**batch.to(model.device), generation_config=options)
     messages = []
     for row in rows[:, batch["input_ids"].shape[1] :].tolist():
-        ids = row[: row.index(end)] if end in row else row
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": text, "cut": end not in row})
+        length = next((place for place, token in enumerate(row) if token in ends), None)
+        text = tokenizer.decode(row[:length], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text, "cut": length is None})
     return messages
 
 
-def part_of(args):  # a name for each choice of flags
+def part_of(args):  # other flags, another file
     return Path(f"{args.output}.{zlib.crc32(json.dumps(vars(args)).encode())}.part")
 
 
 def answer_all(questions, args):
     """Questions with "temperature" and "turns", lists of messages that are answered in turn ->
     conversations. A batch is a line of a .part file; a run that was killed goes on after it."""
+    args.questions = zlib.crc32(json.dumps(questions).encode())  # they tell runs apart, too
     part = part_of(args)
     part.touch()
     lines = [x for x in part.read_text().splitlines(keepends=True) if x.endswith("\n")]
@@ -92,8 +93,7 @@ def answer_all(questions, args):
     return conversations
 
 
-def finish(text, args):
-    """Write OUTPUT, which is never there in part."""
+def finish(text, args):  # OUTPUT is never there in part
     new = Path(f"{args.output}.new")
     new.write_text(text)
     new.rename(args.output)
