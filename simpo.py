@@ -42,7 +42,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if ON_GPU else torch.device("cpu")
-NOT_FROZEN = dcp_state.StateDictOptions(ignore_frozen_params=True)  # for checkpoints
 
 
 # -------------------------------------------------------------- objectives, log-likelihoods
@@ -378,8 +377,7 @@ def claim_folder(out, pairs, args):
             sys.exit(f"simpo.py: the run in {out} had other {other}")
     elif RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        mode = "w" if args.resume else "x"  # x: an error if the file exists
-        with open(out / "simpo_run.json", mode) as file:
+        with open(out / "simpo_run.json", "w" if args.resume else "x") as file:  # x: it is new
             json.dump(run, file, indent=2)
         (out / "metrics.jsonl").unlink(missing_ok=True)
     return found[-1] if found else None
@@ -387,7 +385,8 @@ def claim_folder(out, pairs, args):
 
 def save_checkpoint(policy, optimizer, step, out):
     """Write checkpoint-STEP, all processes together. It gets its name when it is whole."""
-    weights, moments = dcp_state.get_state_dict(policy, optimizer, options=NOT_FROZEN)
+    weights = {name: x.detach() for name, x in policy.named_parameters() if x.requires_grad}
+    moments = dcp_state.get_optimizer_state_dict(policy, optimizer)
     dcp.save({"weights": weights, "moments": moments}, checkpoint_id=out / "new")
     if RANK == 0:
         shutil.copy(out / "metrics.jsonl", out / "new")
@@ -398,7 +397,8 @@ def save_checkpoint(policy, optimizer, step, out):
 
 def load_checkpoint(folder, policy, optimizer):
     """Fill in policy and optimizer, and take metrics.jsonl back to their step -> that step."""
-    weights, moments = dcp_state.get_state_dict(policy, optimizer, options=NOT_FROZEN)
+    weights = {name: x.detach() for name, x in policy.named_parameters() if x.requires_grad}
+    moments = dcp_state.get_optimizer_state_dict(policy, optimizer)
     dcp.load({"weights": weights, "moments": moments}, checkpoint_id=folder)  # in place
     dcp_state.set_optimizer_state_dict(policy, optimizer, moments)
     if RANK == 0:

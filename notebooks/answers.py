@@ -17,7 +17,8 @@ import sampling
 
 MT_BENCH = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # by category; else 0
 JUDGES = {"alpaca_eval": "alpaca_eval --model_outputs {path}"}
-JUDGES["arena_hard"] = "python gen_judgment.py --setting-file config/arena-hard-v0.1.yaml"
+JUDGES["arena_hard"] = "add {name} to model_list in config/arena-hard-v0.1.yaml; then "
+JUDGES["arena_hard"] += "python gen_judgment.py --setting-file config/arena-hard-v0.1.yaml"
 JUDGES["mt_bench"] = "python -m fastchat.llm_judge.gen_judgment --model-list {name}"
 
 
