@@ -30,6 +30,7 @@ log_sigmoid, mistake, slow_answers = core.log_sigmoid, core.mistake, core.slow_a
 place, write_model = core.place, core.write_model
 
 importlib.import_module("objectives")  # adds its own to simpo.OBJECTIVES
+torch.set_num_threads(1)  # several threads on busy cores wait for each other
 
 # ========================================================================= objectives
 # The defaults, written here a second time.
