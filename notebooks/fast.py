@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 notebooks/fast.py --model M --dataset D --shard
 
 It takes every flag of simpo.py and gives the same numbers, but for rounding. B pairs become one row
-of L tokens, [prompt chosen rejected][prompt ..., in which no answer sees another (notebook 5).
+of L tokens, [prompt chosen rejected] one after another, and no answer sees another (notebook 5).
 """
 
 import functools

@@ -4,9 +4,9 @@ them, two thin matrices that are trained. 8 billion weights then fit one GPU of 
     python notebooks/lora.py --model M --dataset D --gradient_checkpointing
     torchrun --nproc_per_node=8 notebooks/lora.py --lora_rank 64 --lora_alpha 128 --model M ...
 
-It takes every flag of simpo.py. What is saved are the adapters A and B, with the name of the model
-that they belong to; AutoModelForCausalLM, peft and vLLM load them. B begins at 0, so that the first
-step's loss is that of the model, and the reference of DPO is the model itself.
+It takes every flag of simpo.py. What is saved are the adapters A and B, with the name of their
+model, in peft's format, which AutoModelForCausalLM loads, too. B begins at 0, so that the loss of
+the first step is that of the model, and the reference of DPO is the model itself.
 """
 
 import functools
@@ -33,10 +33,12 @@ def add_flags(parser):
 
 
 class AdapterLogps(simpo.ResponseLogps):
-    def float(self):  # `simpo.wrap` calls it, but frozen weights keep the dtype of their file
+    def float(
+        self,
+    ):  # `simpo.wrap` calls it; but frozen weights may be bf16, to take half the memory
         return self
 
-    def check(self, ids, tolerance):  # which may be bf16, with 3 digits
+    def check(self, ids, tolerance):  # bf16 has three digits
         super().check(ids, 0.05 if self.model.dtype != torch.float32 else tolerance)
 
 
@@ -72,6 +74,9 @@ def merge(model):
     model.delete_adapter("default")  # transformers' name for it; now it saves whole weights
 
 
+fit_weights = simpo.fit
+
+
 def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     """As simpo.py has it, but with adapters."""
     if args.merge and args.shard:
@@ -83,7 +88,7 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     return rows
 
 
-fit_weights, simpo.fit = simpo.fit, fit
+simpo.fit = fit
 simpo.ResponseLogps = AdapterLogps
 simpo.parse_args = functools.partial(simpo.parse_args, more_flags=add_flags)
 
