@@ -33,12 +33,10 @@ def add_flags(parser):
 
 
 class AdapterLogps(simpo.ResponseLogps):
-    def float(
-        self,
-    ):  # `simpo.wrap` calls it; but frozen weights may be bf16, to take half the memory
+    def float(self):  # `simpo.wrap` calls it; here frozen weights keep the dtype of their file
         return self
 
-    def check(self, ids, tolerance):  # bf16 has three digits
+    def check(self, ids, tolerance):  # a bf16 number has three digits
         super().check(ids, 0.05 if self.model.dtype != torch.float32 else tolerance)
 
 
