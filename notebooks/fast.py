@@ -19,8 +19,7 @@ import simpo
 
 
 def make_mask(row, window, is_needed):
-    """Of a row, [1, heads, T, d]: 0, or -inf for tokens that are not seen, [1, 1, T, T]. None: each
-    token sees all that come before it."""
+    """Of a row, [1, heads, T, d]: 0 or -inf (unseen), [1, 1, T, T]; None: all before is seen."""
     length = row.shape[2]
     if (window is None or window >= length) and not is_needed:
         return None
@@ -30,7 +29,7 @@ def make_mask(row, window, is_needed):
     return row.new_zeros(is_hidden.shape).masked_fill(is_hidden, -torch.inf)
 
 
-def segment_attention(name, module, query, key, value, mask, plan=None, **options):
+def segment_attention(name, module, query, key, value, attention_mask, plan=None, **options):
     """Give each answer the attention of a row of its own, prompt and answer: [1, heads, L, d] ->
     [1, L, heads, d]. plan: the lengths of prompt, chosen and rejected of each pair. name: sdpa, or
     eager, for models with soft caps; that one stands in the model's file, and needs a mask."""
@@ -38,10 +37,11 @@ def segment_attention(name, module, query, key, value, mask, plan=None, **option
     if name == "eager":
         attention = sys.modules[type(module).__module__].eager_attention_forward
     if plan is None:  # not from `hidden_states`
-        return attention(module, query, key, value, mask, **options)
+        return attention(module, query, key, value, attention_mask, **options)
     window = options.get("sliding_window")
-    if "sliding_window" not in options and getattr(module.config, "sliding_window", None):
-        sys.exit(f"fast.py: {type(module).__name__} does not say its window: use simpo.py")
+    is_untold = "sliding_window" not in options and getattr(module.config, "sliding_window", None)
+    if is_untold or attention_mask is None or attention_mask.numel() > 1:
+        sys.exit(f"fast.py: {type(module).__name__} has a mask of its own: use simpo.py")
     parts = [x.split([sum(lengths) for lengths in plan], dim=2) for x in (query, key, value)]
     outputs = []
     for (prompt, chosen, _), *pair in zip(plan, *parts):

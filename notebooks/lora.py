@@ -36,7 +36,7 @@ class AdapterLogps(simpo.ResponseLogps):
     def float(self):  # `simpo.wrap` calls it; here frozen weights keep the dtype of their file
         return self
 
-    def check(self, ids, tolerance):  # a bf16 number has three digits
+    def check(self, ids, tolerance):  # frozen weights may be bf16, with three digits
         super().check(ids, 0.05 if self.model.dtype != torch.float32 else tolerance)
 
 
@@ -44,11 +44,14 @@ def inject(model, args):
     """Freeze the weights of a model, and put fp32 adapters into it. It stays the same object."""
     if args.dtype == "fp32":
         model.float()  # products are in fp32 if both factors are
-    if os.path.isdir(args.model):
-        model.name_or_path = os.path.abspath(args.model)  # adapters note where their model is
+    if os.path.isdir(model.name_or_path):
+        model.name_or_path = os.path.abspath(model.name_or_path)  # adapters note it
     targets = args.lora_targets
     if targets != "all-linear":
-        targets = targets.split(",")
+        targets = [target.strip() for target in targets.split(",")]
+        for target in targets:  # peft would leave out a name that no layer has
+            if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+                sys.exit(f"lora.py: --lora_targets: the model has no layer {target}")
     torch.manual_seed(args.seed)  # the same A in each process
     options = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": targets}
     try:
@@ -58,14 +61,14 @@ def inject(model, args):
     adapters = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in adapters:
         weight.data = weight.data.float()
-    counts = [sum(weight.numel() for weight in x) for x in (adapters, model.parameters())]
-    print("{:,} of {:,} weights are trained".format(*counts))
+    trained, total = sum(x.numel() for x in adapters), model.num_parameters()
+    print(f"{trained:,} of {total:,} weights are trained")
 
 
 def merge(model):
     """Add B A to W in each layer that has adapters, in fp32, and take the adapters out."""
     model.cpu().float()
-    for name, layer in list(model.named_modules()):
+    for name, layer in reversed(list(model.named_modules())):  # experts have one in another
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.merge()
             model.set_submodule(name, layer.get_base_layer())
@@ -80,6 +83,9 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     if args.merge and args.shard:
         sys.exit("lora.py: --merge needs whole weights; with --shard, merge by peft afterwards")
     inject(model, args)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if args.merge and ends[0].weight is ends[1].weight and any(hasattr(x, "lora_A") for x in ends):
+        sys.exit("lora.py: --merge cannot part a head from the embedding that it is tied to")
     rows = fit_weights(model, pairs, held_out, args, on_evaluate)
     if args.merge and simpo.RANK == 0:  # the process that saves
         merge(model)

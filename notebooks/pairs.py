@@ -1,5 +1,6 @@
 """Pairs of a model's own answers, to train it on, as the paper's Instruct models were: of five
-samples to a prompt the best and the worst, by a reward model. Where all scores are equal, no pair.
+samples to a prompt the best and the worst, by a reward model. Where all scores are equal there is
+no pair. Answers that were cut at --max_new_tokens take part, and are counted.
 
     python notebooks/pairs.py --model M --instructions D --reward R --output pairs.jsonl
 
@@ -19,9 +20,11 @@ from tqdm import tqdm
 
 
 def make_question(row, args):
-    if not (row.get("prompt") or row.get("chosen")):
-        sys.exit(f"{args.instructions} has neither a column prompt nor chosen, or a row lacks both")
-    prompt = row.get("prompt") or row["chosen"][:-1]
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if isinstance(chosen, list) and len(chosen) > 1:  # a whole conversation has the prompt in it
+        prompt = chosen[:-1]
+    if not prompt:
+        sys.exit(f"{args.instructions} has a row without a prompt: {row!s:.300}")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     prompt = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
@@ -65,10 +68,9 @@ def main(argv=None):
             for side, message in (("chosen", chosen), ("rejected", rejected)):
                 pair[side] = [{"role": "assistant", "content": message["content"]}]
             pairs.append(pair)
-    sampling.finish("".join(json.dumps(pair) + "\n" for pair in pairs), args)
-    print(
-        f"{len(rows)} prompts, {len(pairs)} pairs; {len(rows) - len(pairs)} dropped: equal scores"
-    )
+    sampling.finish("\n".join(json.dumps(pair) for pair in pairs), args)
+    dropped = len(rows) - len(pairs)
+    print(f"{len(rows)} prompts, {len(pairs)} pairs; {dropped} dropped: equal scores")
     print(f"next: python simpo.py --model {args.model} --dataset {args.output}")
 
 

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # simpo.py is i
 import simpo
 
 
-def load(name, kind=transformers.AutoModelForCausalLM):
-    """A hub id or folder -> model, tokenizer. It ends with a line if that fails."""
+def load(name, kind=transformers.AutoModelForCausalLM):  # -> model, tokenizer
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = kind.from_pretrained(name, dtype=torch.bfloat16 if simpo.ON_GPU else torch.float32)
@@ -42,12 +41,13 @@ def answer(model, tokenizer, conversations, temperature, top_p=1.0, most=4096):
     tokenizer.pad_token = tokenizer.eos_token
     # An answer begins where its row ends. So padding is on the left, and a mask hides it.
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    ends = {end, *torch.tensor(model.generation_config.eos_token_id or end).view(-1).tolist()}
+    own = model.generation_config.eos_token_id  # one, or several, or none
+    ends = {end, *(own if isinstance(own, list) else [own])} - {None}
     options = {"max_new_tokens": most, "eos_token_id": [*ends], "pad_token_id": end}
     if temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    options = transformers.GenerationConfig(**options)  # none of the model's own
-    rows = model.generate(**batch.to(model.device), generation_config=options)
+    model.generation_config = how = transformers.GenerationConfig(**options)  # nothing of its own
+    rows = model.generate(**batch.to(model.device), generation_config=how)
     messages = []
     for row in rows[:, batch["input_ids"].shape[1] :].tolist():
         length = next((place for place, token in enumerate(row) if token in ends), None)
@@ -95,6 +95,6 @@ def answer_all(questions, args):
 
 def finish(text, args):  # OUTPUT is never there in part
     new = Path(f"{args.output}.new")
-    new.write_text(text)
+    new.write_text(text + "\n")
     new.rename(args.output)
     part_of(args).unlink()
