@@ -166,11 +166,14 @@ def ask(place, tmp_path, output, rows, *flags):
     return [str(x) for x in ("--model", place / "llama", *flags, "--max_new_tokens", 30)]
 
 
-def test_answers_are_those_of_a_slow_loop_and_a_killed_run_goes_on(place, tmp_path):
-    """Catches padding that is seen, another category's temperature, and a run that draws anew."""
+def test_answers_are_those_of_a_slow_loop_and_a_killed_run_goes_on(tmp_path):
+    """Catches padding that is seen, another category's temperature, decoding that the model's own
+    generation_config changes, and a run that draws anew."""
+    own = {"do_sample": True, "repetition_penalty": 1.8, "eos_token_id": 3}
+    write_model(tmp_path / "llama").joinpath("generation_config.json").write_text(json.dumps(own))
     rows = [("math", "Hi"), ("math", "What is that?"), ("writing", "Go"), ("writing", "On")] * 2
     rows = [{"category": x, "turns": [y, "?"], "question_id": i} for i, (x, y) in enumerate(rows)]
-    command = ask(place, tmp_path, "M.jsonl", rows, "--format", "mt_bench", "--batch_size", "2")
+    command = ask(tmp_path, tmp_path, "M.jsonl", rows, "--format", "mt_bench", "--batch_size", "2")
     file, shown = HOUSE / "notebooks" / "answers.py", tmp_path / "shown"
     for _ in range(2):
         (process,) = core.start(1, shown, *command, file=file)
@@ -185,8 +188,7 @@ def test_answers_are_those_of_a_slow_loop_and_a_killed_run_goes_on(place, tmp_pa
     importlib.import_module("answers").main(command)
     assert killed == (tmp_path / "M.jsonl").read_text()
     for row, line in zip(rows, map(json.loads, killed.splitlines())):
-        pair = core.chat(row["turns"][0], "", "")
-        prompt, end, _ = core.ids_by_hand(pair, make_tokenizer())
+        prompt, end, _ = core.ids_by_hand(core.chat(row["turns"][0], "", ""), make_tokenizer())
         ids = list(prompt)
         while len(ids) < len(prompt) + 30 and ids[-1] != end[0]:
             ids.append(make_llama()(torch.tensor([ids])).logits[0, -1].argmax().item())
