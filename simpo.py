@@ -15,6 +15,7 @@ and one end of turn is. (4) A prompt that is too long drops its pair; only answe
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -326,10 +327,9 @@ def wrap(model, args):
     fp32: in bf16 numbers near 0.02 are 1.2e-4 apart, and steps of 1e-6 would be lost."""
     model.eval()  # no dropout: policy and reference have to agree
     layers = [x for x in model.modules() if isinstance(x, transformers.GradientCheckpointingLayer)]
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.gradient_checkpointing:  # the library's own way asks for training mode, and dropout
         for layer in layers:
-            layer.training = True  # layers checkpoint only then; dropout inside them stays off
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     policy = ResponseLogps(model)
     if args.shard:
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -363,16 +363,16 @@ def checkpoints(out):  # the oldest first; somebody's copy, checkpoint-40-keep, 
     return [out / f"checkpoint-{step}" for step in sorted(map(int, filter(str.isdigit, steps)))]
 
 
-def claim_folder(out, pairs, args):
+def claim_folder(out, policy, pairs, args):
     """Begin a run in the folder out -> None; or, with --resume, the checkpoint to go on from."""
     found = checkpoints(out) if args.resume else []
-    if RANK == 0:
-        checksum = sum(i * zlib.crc32(str(pair).encode()) for i, pair in enumerate(pairs, 1))
-        run = vars(args) | {"pairs": f"{len(pairs)}, checksum {checksum}"}
+    checksum = sum(i * zlib.crc32(str(pair).encode()) for i, pair in enumerate(pairs, 1))
+    run = vars(args) | {"pairs": f"{len(pairs)}, checksum {checksum}"}
+    run["trained_tensors"] = sum(x.requires_grad for x in policy.parameters())
     if RANK == 0 and found:
         then = json.loads((out / "simpo_run.json").read_text())
         free = "resume shard gradient_checkpointing micro_batch_tokens save_every output_dir"
-        other = [name for name in run if run[name] != then.get(name) and name not in free.split()]
+        other = [x for x in {**run, **then} if run.get(x) != then.get(x) and x not in free.split()]
         if other:
             sys.exit(f"simpo.py: the run in {out} had other {other}")
     elif RANK == 0:
@@ -501,7 +501,7 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     first, every --eval_every steps and last; on_evaluate(model, step) returns further metrics."""
     out = Path(args.output_dir)
     policy = wrap(model, args)
-    folder = claim_folder(out, pairs, args)
+    folder = claim_folder(out, policy, pairs, args)
     # A schedule that starts in the middle, as after --resume, asks for initial_lr.
     groups = [{"params": [x for x in model.parameters() if x.requires_grad], "initial_lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-import datasets
+import questions
 import sampling
 
 MT_BENCH = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # by category; else 0
@@ -20,29 +20,6 @@ JUDGES = {"alpaca_eval": "alpaca_eval --model_outputs {path}"}
 JUDGES["arena_hard"] = "add {name} to model_list in config/arena-hard-v0.1.yaml; then "
 JUDGES["arena_hard"] += "python gen_judgment.py --setting-file config/arena-hard-v0.1.yaml"
 JUDGES["mt_bench"] = "python -m fastchat.llm_judge.gen_judgment --model-list {name}"
-
-
-def add_flags(parser, top_p):  # pairs.py has these, too
-    add = parser.add_argument
-    add("--model", required=True, help="hub id or folder; one that lora.py wrote, too")
-    add("--instructions", required=True, help="the questions: hub id, or .json or .jsonl file")
-    add("--split", default="train", help="split of them, such as test or train[:100] (%(default)s)")
-    add("--output", required=True, help="the file to write")
-    add("--max_new_tokens", type=int, help="longer answers are cut; unset: 4096, mt_bench 1024")
-    add("--top_p", type=float, default=top_p, help="draw from the likeliest, so much (%(default)s)")
-    add("--batch_size", type=int, default=16, help="answers at a time (%(default)s)")
-    add("--seed", type=int, default=0, help="fixes what is drawn (%(default)s)")
-
-
-def read_rows(args):
-    if Path(args.output).exists():
-        sys.exit(f"{args.output} is there already")
-    is_file = Path(args.instructions).suffix in (".json", ".jsonl")
-    source, files = ("json", args.instructions) if is_file else (args.instructions, None)
-    try:
-        return list(datasets.load_dataset(source, data_files=files, split=args.split))
-    except (OSError, ValueError) as error:
-        sys.exit(f"{args.instructions}: {str(error).splitlines()[0]}")
 
 
 def make_question(row, args):
@@ -74,25 +51,26 @@ def make_answer(row, texts, args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", allow_abbrev=False)
-    add_flags(parser, top_p=1.0)
+    questions.add_flags(parser, top_p=1.0)
     parser.add_argument("--format", required=True, choices=JUDGES, help="whose questions they are")
     text = "unset: 0.9 for alpaca_eval, the paper's for Llama-3; the others have their own"
     parser.add_argument("--temperature", type=float, help=text)
     args = parser.parse_args(argv)
+    questions.check(parser, args)
     args.max_new_tokens = args.max_new_tokens or (1024 if args.format == "mt_bench" else 4096)
     ending = ".json" if args.format == "alpaca_eval" else ".jsonl"
     if not args.output.endswith(ending):
         parser.error(f"the judge of {args.format} reads files that end in {ending}")
-    rows = read_rows(args)
+    rows = questions.read_rows(args)
     try:
-        questions = [make_question(row, args) for row in rows]
+        asked = [make_question(row, args) for row in rows]
     except KeyError as error:
         sys.exit(f"{args.instructions} has no column {error}, so it is not of {args.format}")
     lines = []
-    for row, conversation in zip(rows, sampling.answer_all(questions, args)):
+    for row, conversation in zip(rows, sampling.answer_all(asked, args)):
         texts = [x["content"] for x in conversation if x["role"] == "assistant"]
         lines.append(json.dumps(make_answer(row, texts, args)))
-    sampling.finish("[" + ",\n".join(lines) + "]" if ending == ".json" else "\n".join(lines), args)
+    questions.finish("[" + ",\n".join(lines) + "]" if ending == ".json" else "\n".join(lines), args)
     print("next:", JUDGES[args.format].format(path=args.output, name=Path(args.output).stem))
 
 

@@ -1,6 +1,7 @@
 """Pairs of a model's own answers, to train it on, as the paper's Instruct models were: of five
-samples to a prompt the best and the worst, by a reward model. Where all scores are equal there is
-no pair. Answers that were cut at --max_new_tokens take part, and are counted.
+samples to a prompt the best and the worst, by a reward model. Samples that were cut at
+--max_new_tokens take no part: trained on, they would get an end that they do not have. Where fewer
+than two samples are left, or all scores are equal, there is no pair.
 
     python notebooks/pairs.py --model M --instructions D --reward R --output pairs.jsonl
 
@@ -12,7 +13,7 @@ import argparse
 import json
 import sys
 
-import answers
+import questions
 import sampling
 import torch
 import transformers
@@ -41,36 +42,45 @@ def score(reward, tokenizer, conversation):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", allow_abbrev=False)
-    answers.add_flags(parser, top_p=0.95)
+    questions.add_flags(parser, top_p=0.95)
     parser.set_defaults(max_new_tokens=4096)
     add = parser.add_argument
     add("--samples", type=int, default=5, help="answers to each prompt (%(default)s)")
     add("--temperature", type=float, default=0.8, help="of the samples (%(default)s)")
     add("--reward", required=True, help="hub id or folder of the reward model")
     args = parser.parse_args(argv)
-    rows = answers.read_rows(args)
-    questions = [make_question(row, args) for row in rows for _ in range(args.samples)]
+    questions.check(parser, args)
+    rows = questions.read_rows(args)
+    asked = [make_question(row, args) for row in rows for _ in range(args.samples)]
     reward, tokenizer = sampling.load(args.reward, transformers.AutoModelForSequenceClassification)
     if reward.config.num_labels != 1:
         sys.exit(f"{args.reward} has {reward.config.num_labels} scores, not one")
     device = reward.device
     reward.cpu()  # it waits there, while the model answers
-    conversations = sampling.answer_all(questions, args)
+    conversations = sampling.answer_all(asked, args)
     reward.to(device)
-    pairs = []
+    pairs, equal = [], 0
     for start in tqdm(range(0, len(conversations), args.samples), "scoring"):
         samples = conversations[start : start + args.samples]
+        samples = [sample for sample in samples if not sample[-1]["cut"]]
+        if len(samples) < 2:
+            continue
         scores = [score(reward, tokenizer, sample) for sample in samples]
+        if max(scores) == min(scores):
+            equal += 1
+            continue
         *prompt, chosen = samples[scores.index(max(scores))]
         rejected = samples[scores.index(min(scores))][-1]
-        if max(scores) > min(scores):
-            pair = {"prompt": prompt}
-            for side, message in (("chosen", chosen), ("rejected", rejected)):
-                pair[side] = [{"role": "assistant", "content": message["content"]}]
-            pairs.append(pair)
-    sampling.finish("\n".join(json.dumps(pair) for pair in pairs), args)
-    dropped = len(rows) - len(pairs)
-    print(f"{len(rows)} prompts, {len(pairs)} pairs; {dropped} dropped: equal scores")
+        pair = {"prompt": prompt}
+        for side, message in (("chosen", chosen), ("rejected", rejected)):
+            pair[side] = [{"role": "assistant", "content": message["content"]}]
+        pairs.append(pair)
+    few = len(rows) - len(pairs) - equal
+    print(f"{len(rows)} prompts, {len(pairs)} pairs; dropped: {equal} with equal scores")
+    print(f"    and {few} with fewer than two samples that end in {args.max_new_tokens} tokens")
+    if not pairs:
+        sys.exit("pairs.py: no pair is left")
+    questions.finish("\n".join(json.dumps(pair) for pair in pairs), args)
     print(f"next: python simpo.py --model {args.model} --dataset {args.output}")
 
 

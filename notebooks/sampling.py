@@ -6,6 +6,7 @@ import zlib
 from itertools import groupby
 from pathlib import Path
 
+import questions
 import torch
 import transformers
 from tqdm import tqdm
@@ -17,9 +18,12 @@ import simpo
 def load(name, kind=transformers.AutoModelForCausalLM):  # -> model, tokenizer
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = kind.from_pretrained(name, dtype=torch.bfloat16 if simpo.ON_GPU else torch.float32)
+        options = {"dtype": torch.bfloat16 if simpo.ON_GPU else torch.float32}
+        model, report = kind.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, ValueError) as error:
         sys.exit(f"{name}: {str(error).splitlines()[0]}")
+    if missing := sorted(report["missing_keys"]):  # they have been drawn at random
+        sys.exit(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
     if tokenizer.chat_template is None:
         sys.exit(f"{name} has no chat template")
     return model.to(simpo.DEVICE).eval(), tokenizer
@@ -56,21 +60,17 @@ def answer(model, tokenizer, conversations, temperature, top_p=1.0, most=4096):
     return messages
 
 
-def part_of(args):  # other flags, another file
-    return Path(f"{args.output}.{zlib.crc32(json.dumps(vars(args)).encode())}.part")
-
-
-def answer_all(questions, args):
+def answer_all(asked, args):
     """Questions with "temperature" and "turns", lists of messages that are answered in turn ->
     conversations. A batch is a line of a .part file; a run that was killed goes on after it."""
-    args.questions = zlib.crc32(json.dumps(questions).encode())  # they tell runs apart, too
-    part = part_of(args)
+    args.asked = zlib.crc32(json.dumps(asked).encode())  # they tell runs apart, too
+    part = questions.part_of(args)
     part.touch()
     lines = [x for x in part.read_text().splitlines(keepends=True) if x.endswith("\n")]
     part.write_text("".join(lines))
     done = [json.loads(line) for line in lines]
     batches = []
-    for _, group in groupby(questions, lambda x: (x["temperature"], len(x["turns"]))):
+    for _, group in groupby(asked, lambda x: (x["temperature"], len(x["turns"]))):
         group = list(group)
         starts = range(0, len(group), args.batch_size)
         batches += [group[start : start + args.batch_size] for start in starts]
@@ -91,10 +91,3 @@ def answer_all(questions, args):
     cut = sum(message.get("cut", False) for messages in conversations for message in messages)
     print(f"{len(conversations)} conversations, {cut} answers cut at {args.max_new_tokens} tokens")
     return conversations
-
-
-def finish(text, args):  # OUTPUT is never there in part
-    new = Path(f"{args.output}.new")
-    new.write_text(text + "\n")
-    new.rename(args.output)
-    part_of(args).unlink()

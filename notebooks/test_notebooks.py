@@ -158,64 +158,6 @@ def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, mon
     assert step["loss"] == pytest.approx(mean(by_hand), rel=1e-5)
 
 
-# ========================================================================= answers
-def ask(place, tmp_path, output, rows, *flags):
-    """The flags of answers.py or pairs.py."""
-    questions = write_jsonl(tmp_path / "questions.jsonl", rows)
-    flags = ["--instructions", questions, "--output", tmp_path / output, *flags]
-    return [str(x) for x in ("--model", place / "llama", *flags, "--max_new_tokens", 30)]
-
-
-def test_answers_are_those_of_a_slow_loop_and_a_killed_run_goes_on(tmp_path):
-    """Catches padding that is seen, another category's temperature, decoding that the model's own
-    generation_config changes, and a run that draws anew."""
-    own = {"do_sample": True, "repetition_penalty": 1.8, "eos_token_id": 3}
-    write_model(tmp_path / "llama").joinpath("generation_config.json").write_text(json.dumps(own))
-    rows = [("math", "Hi"), ("math", "What is that?"), ("writing", "Go"), ("writing", "On")] * 2
-    rows = [{"category": x, "turns": [y, "?"], "question_id": i} for i, (x, y) in enumerate(rows)]
-    command = ask(tmp_path, tmp_path, "M.jsonl", rows, "--format", "mt_bench", "--batch_size", "2")
-    file, shown = HOUSE / "notebooks" / "answers.py", tmp_path / "shown"
-    for _ in range(2):
-        (process,) = core.start(1, shown, *command, file=file)
-        core.wait_for(lambda: [x for x in tmp_path.glob("*.part") if x.stat().st_size])
-        process.kill()
-        process.join()
-        with open(*tmp_path.glob("*.part"), "a") as part:
-            part.write('[[{"role": ')  # half a line
-    assert core.codes(core.start(1, shown, *command, file=file)) == [0], shown.read_text()[-999:]
-    killed = (tmp_path / "M.jsonl").read_text()
-    (tmp_path / "M.jsonl").unlink()
-    importlib.import_module("answers").main(command)
-    assert killed == (tmp_path / "M.jsonl").read_text()
-    for row, line in zip(rows, map(json.loads, killed.splitlines())):
-        prompt, end, _ = core.ids_by_hand(core.chat(row["turns"][0], "", ""), make_tokenizer())
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 30 and ids[-1] != end[0]:
-            ids.append(make_llama()(torch.tensor([ids])).logits[0, -1].argmax().item())
-        text = make_tokenizer().decode(ids[len(prompt) :], skip_special_tokens=True)
-        assert (text == line["choices"][0]["turns"][0]) == (row["category"] == "math")
-
-
-def test_pairs_are_the_best_and_the_worst_answers_and_train(place, tmp_path, capsys):
-    """Catches a reward that does not see all, and pairs of which neither answer is better."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPE | LLAMA, num_labels=1)
-    reward = transformers.LlamaForSequenceClassification(config).eval()
-    rows, main = [{"prompt": f"Say {x}"} for x in "abcd"], importlib.import_module("pairs").main
-    flags = ["--samples", 2, "--reward", write_model(tmp_path / "reward", reward)]
-    main(ask(place, tmp_path, "pairs.jsonl", rows, *flags))
-    for line in (tmp_path / "pairs.jsonl").read_text().splitlines():
-        prompt, *sides = core.ids_by_hand(json.loads(line), make_tokenizer())
-        end = make_tokenizer().encode("\n")
-        chosen, rejected = [reward(torch.tensor([prompt + x + end])).logits.item() for x in sides]
-        assert chosen > rejected
-    run(place / "llama", tmp_path / "pairs.jsonl", tmp_path / "out", *FOURS)
-    reward.score.weight.data.zero_()
-    flags = ["--samples", 2, "--reward", write_model(tmp_path / "indifferent", reward)]
-    main(ask(place, tmp_path, "none.jsonl", rows, *flags))
-    assert "4 prompts, 0 pairs; 4 dropped" in capsys.readouterr().out
-
-
 # ========================================================================= models
 def make_granite(scale):  # it divides its logits; its embedding of id 0, that of padding, is zero
     options = SHAPE | LLAMA | {"pad_token_id": 0, "logits_scaling": scale}
@@ -263,6 +205,47 @@ def test_a_model_with_weights_that_no_token_uses_trains_and_resumes(tmp_path, pl
     ended.rename(tmp_path / "two" / "simpo_run.json")
     run(tmp_path / "moe", place / "nine.jsonl", tmp_path / "two", *flags, "--resume")
     assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_layers_checkpoint_without_dropout(place, tmp_path, monkeypatch):
+    """Catches layers whose own forward drops out if they are in training mode, such as OPT's."""
+    options = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    options |= {"vocab_size": len(make_tokenizer()), "num_attention_heads": 2, "dropout": 0.5}
+    torch.manual_seed(0)
+    write_model(tmp_path / "opt", transformers.OPTForCausalLM(transformers.OPTConfig(**options)))
+    checkpointed, checkpoint = [], simpo.checkpoint
+
+    def spy(function, *args, **more):
+        checkpointed.append(type(getattr(function, "__self__", None)).__name__)
+        return checkpoint(function, *args, **more)
+
+    monkeypatch.setattr(simpo, "checkpoint", spy)
+    run(tmp_path / "opt", place / "nine.jsonl", tmp_path / "one", *FOURS)
+    assert "OPTDecoderLayer" not in checkpointed
+    run(
+        tmp_path / "opt", place / "nine.jsonl", tmp_path / "two", *FOURS, "--gradient_checkpointing"
+    )
+    assert checkpointed.count("OPTDecoderLayer") == 2 * (3 + 3)  # three steps, three in the check
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_is_resumed_only_by_what_began_it(place, tmp_path, monkeypatch):
+    """Catches weights that were trained, are frozen now, and would be lost without a word; and a
+    flag of an extension that simpo.py does not know."""
+    out, fit = tmp_path / "out", simpo.fit
+    core.killed_run(place, out)
+    command = core.long_run(place, out, "--resume")
+
+    def frozen(model, *rest):
+        model.model.layers[0].requires_grad_(False)
+        return fit(model, *rest)
+
+    monkeypatch.setattr(simpo, "fit", frozen)
+    assert "other ['trained_tensors']" in mistake(place, out, *command)
+    monkeypatch.setattr(simpo, "fit", fit)
+    run_json = out / "simpo_run.json"
+    run_json.write_text(json.dumps(json.loads(run_json.read_text()) | {"lora_rank": 16}))
+    assert "other ['lora_rank']" in mistake(place, out, *command)
 
 
 # ========================================================================= the house
