@@ -15,6 +15,8 @@ from statistics import mean
 HOUSE = Path(__file__).parents[1]
 sys.path[:0] = [str(HOUSE), str(HOUSE / "notebooks")]
 
+import nbclient
+import nbformat
 import pytest
 import torch
 import transformers
@@ -158,6 +160,23 @@ def test_an_objective_of_ones_own_trains_as_the_readme_says(place, tmp_path, mon
     assert step["loss"] == pytest.approx(mean(by_hand), rel=1e-5)
 
 
+# ========================================================================= notebooks
+@pytest.mark.parametrize("name", ["0_why", "1_one_pair", "2_objectives"])
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path_factory, monkeypatch):
+    """Catches code that no longer runs, outputs of older code, and names of a machine's folders."""
+    notebook = nbformat.read(HOUSE / "notebooks" / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(len(cell.source.splitlines()) <= 30 for cell in code)
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    shown = json.dumps([cell.outputs for cell in code])
+    assert "image/png" in shown and not re.search('"output_type": "error"|/tmp/|/home/', shown)
+    monkeypatch.setenv("QUICK", "1")  # few steps, one seed
+    # All notebooks share the models that training starts from.
+    monkeypatch.setenv("SIMPO_DEMOS", str(tmp_path_factory.getbasetemp() / "demos"))
+    where = {"metadata": {"path": str(HOUSE / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=where).execute()
+
+
 # ========================================================================= models
 def make_granite(scale):  # it divides its logits; its embedding of id 0, that of padding, is zero
     options = SHAPE | LLAMA | {"pad_token_id": 0, "logits_scaling": scale}
@@ -220,18 +239,15 @@ def test_layers_checkpoint_without_dropout(place, tmp_path, monkeypatch):
         return checkpoint(function, *args, **more)
 
     monkeypatch.setattr(simpo, "checkpoint", spy)
-    run(tmp_path / "opt", place / "nine.jsonl", tmp_path / "one", *FOURS)
-    assert "OPTDecoderLayer" not in checkpointed
-    run(
-        tmp_path / "opt", place / "nine.jsonl", tmp_path / "two", *FOURS, "--gradient_checkpointing"
-    )
-    assert checkpointed.count("OPTDecoderLayer") == 2 * (3 + 3)  # three steps, three in the check
+    for out, flags in (("one", FOURS), ("two", [*FOURS, "--gradient_checkpointing"])):
+        assert "OPTDecoderLayer" not in checkpointed
+        run(tmp_path / "opt", place / "nine.jsonl", tmp_path / out, *flags)
+    assert checkpointed.count("OPTDecoderLayer") == 2 * (3 + 3)  # two layers, six passes
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_run_is_resumed_only_by_what_began_it(place, tmp_path, monkeypatch):
-    """Catches weights that were trained, are frozen now, and would be lost without a word; and a
-    flag of an extension that simpo.py does not know."""
+    """Catches weights that were trained and are frozen now, and flags of an extension."""
     out, fit = tmp_path / "out", simpo.fit
     core.killed_run(place, out)
     command = core.long_run(place, out, "--resume")
@@ -243,8 +259,8 @@ def test_a_run_is_resumed_only_by_what_began_it(place, tmp_path, monkeypatch):
     monkeypatch.setattr(simpo, "fit", frozen)
     assert "other ['trained_tensors']" in mistake(place, out, *command)
     monkeypatch.setattr(simpo, "fit", fit)
-    run_json = out / "simpo_run.json"
-    run_json.write_text(json.dumps(json.loads(run_json.read_text()) | {"lora_rank": 16}))
+    flags = json.loads((out / "simpo_run.json").read_text()) | {"lora_rank": 16}
+    (out / "simpo_run.json").write_text(json.dumps(flags))
     assert "other ['lora_rank']" in mistake(place, out, *command)
 
 
