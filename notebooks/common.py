@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models so small train on the CPU, and alike everywhere
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # simpo.py is in the folder above
 warnings.filterwarnings("ignore")
 
@@ -26,7 +27,7 @@ import simpo
 
 QUICK = "QUICK" in os.environ  # set by the tests: sooner done, with worse numbers
 SEEDS = [0] if QUICK else [0, 1, 2]
-KNOWN = list(simpo.OBJECTIVES)  # to other processes, too
+KNOWN = list(simpo.OBJECTIVES)  # those that other processes know, too
 os.environ.setdefault("SIMPO_DEMOS", tempfile.mkdtemp())  # other processes look there, too
 
 # One colour for one thing, in every notebook. They are Okabe and Ito's, which colour-blind people
@@ -110,10 +111,8 @@ def judge(model, start, pairs):
     of_tokens = logp.gather(2, ids[:, 1:, None])[:, :, 0]
     row["own_logp"] = ((of_tokens * scored).sum(1) / scored.sum(1)).mean().item()
     logps = simpo.ResponseLogps(model)(**simpo.collate(pairs)).view(2, -1)
-    lengths = torch.tensor(
-        [[len(x[side]) for x in pairs] for side in ("chosen_ids", "rejected_ids")]
-    )
-    chosen, rejected = logps / lengths
+    lengths = [[len(x["chosen_ids"]) for x in pairs], [len(x["rejected_ids"]) for x in pairs]]
+    chosen, rejected = logps / torch.tensor(lengths)
     row["likelier"] = (chosen > rejected).float().mean().item()  # of held-out pairs, per token
     return row, answers
 
