@@ -35,6 +35,7 @@ os.environ.setdefault("SIMPO_DEMOS", tempfile.mkdtemp())  # other processes look
 COLOURS = {"start": "#777777", "sft": "#009E73", "simpo": "#0072B2", "dpo": "#D55E00"}
 COLOURS |= {"chosen": "#56B4E9", "rejected": "#E69F00", "gently": "black", "hard": "#CC79A7"}
 NAMES = {"start": "start", "sft": "SFT", "simpo": "SimPO", "dpo": "DPO"}
+NAMES |= {"gently": "gently", "hard": "hard"}
 plt.rcParams |= {"figure.figsize": (12, 4.6), "figure.constrained_layout.use": True}
 plt.rcParams |= {"font.size": 15, "axes.titlesize": 16, "lines.linewidth": 2.5}
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -73,13 +74,13 @@ def load_start(seed):
 
 
 @torch.no_grad()
-def sample(model, pairs, most=48):
-    """One answer to each prompt, which all have the same length -> ids, [prompts, T], and which of
-    them are the answer's, with its end."""
+def sample(model, pairs, greedy=False):
+    """One answer of at most 48 tokens to each prompt, which all have the same length -> ids,
+    [prompts, T], and which of them are the answer's, with its end."""
     prompts = torch.tensor([pair["prompt_ids"] for pair in pairs])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        ids = model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=most)
+        ids = model.generate(prompts, do_sample=not greedy, top_k=0, max_new_tokens=48)
     is_end = ids == demo.TOKENIZER.eos_token_id
     ended_before = is_end.cumsum(1) - is_end.long() > 0  # an earlier token was the end
     is_answer = ~ended_before
@@ -94,27 +95,36 @@ def read_answers(ids, is_answer):
     return prompts, [answer.removesuffix("</s>") for answer in answers]
 
 
+def share_up(prompts, answers):
+    up = [demo.count_up(x[:-1].split(" "), y) for x, y in zip(prompts, answers)]
+    return sum(up) / (4 * len(up))
+
+
 @torch.no_grad()
 def judge(model, start, pairs):
     """-> what a judge who knows the words sees in a model's own answers, and these answers."""
     ids, is_answer = sample(model, pairs)
     prompts, answers = read_answers(ids, is_answer)
-    up = [demo.count_up(x[:-1].split(" "), y) for x, y in zip(prompts, answers)]
     ended = (ids == demo.TOKENIZER.eos_token_id).any(1).float()
-    row = {"words_up": sum(up) / (4 * len(up)), "ended": ended.mean().item()}
+    row = {"words_up": share_up(prompts, answers), "ended": ended.mean().item()}
     row["tokens"] = is_answer.sum(1).float().mean().item()
     scored = is_answer[:, 1:]  # [prompts, T - 1], predicted one place before
     logp = model(ids[:, :-1]).logits.log_softmax(-1)  # [prompts, T - 1, V]
     start_logp = start(ids[:, :-1]).logits.log_softmax(-1)
     divergences = (logp.exp() * (logp - start_logp)).sum(-1)  # of each next token, exact
     row["kl"] = (divergences * scored).sum(1).mean().item()  # KL(model || start), nats per answer
-    of_tokens = logp.gather(2, ids[:, 1:, None])[:, :, 0]
-    row["own_logp"] = ((of_tokens * scored).sum(1) / scored.sum(1)).mean().item()
+    return row, answers
+
+
+@torch.no_grad()
+def judge_the_end(model, pairs):
+    """-> words up if the model always takes the likeliest token; and the share of held-out pairs
+    whose chosen answer is likelier per token, whatever the objective calls its reward."""
+    greedy = share_up(*read_answers(*sample(model, pairs, greedy=True)))
     logps = simpo.ResponseLogps(model)(**simpo.collate(pairs)).view(2, -1)
     lengths = [[len(x["chosen_ids"]) for x in pairs], [len(x["rejected_ids"]) for x in pairs]]
     chosen, rejected = logps / torch.tensor(lengths)
-    row["likelier"] = (chosen > rejected).float().mean().item()  # of held-out pairs, per token
-    return row, answers
+    return {"greedy": greedy, "likelier": (chosen > rejected).float().mean().item()}
 
 
 # ------------------------------------------------------------------------------ training
@@ -139,7 +149,7 @@ def train(loss, seed=0, steps=60, every=0, lr=1e-4, pairs=None, held_out=200, **
             return {}
         row, own = judge(model, start, held_out)
         answers.append(own)
-        return row
+        return row | (judge_the_end(model, held_out) if every and step == steps else {})
 
     with quiet(), tempfile.TemporaryDirectory() as args.output_dir:
         rows = simpo.fit(model, pairs, held_out, args, on_evaluate)
