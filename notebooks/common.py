@@ -135,7 +135,7 @@ def train(loss, seed=0, steps=60, every=0, lr=1e-4, pairs=None, held_out=200, **
     model = transformers.AutoModelForCausalLM.from_pretrained(make_demo(seed) / "start")
     steps = 3 if QUICK else steps
     pairs = (pairs or read_pairs(seed, "train"))[: 8 * steps]
-    held_out = read_pairs(seed, "held_out")[:held_out]
+    held_out = read_pairs(seed, "held_out")[: 30 if QUICK else held_out]
     flags = {"loss": loss, "seed": seed, "lr": lr, "batch_size": 8, **hyper}
     flags |= {"eval_every": every, "save_every": 0}
     argv = []
