@@ -327,7 +327,7 @@ def wrap(model, args):
     fp32: in bf16 numbers near 0.02 are 1.2e-4 apart, and steps of 1e-6 would be lost."""
     model.eval()  # no dropout: policy and reference have to agree
     layers = [x for x in model.modules() if isinstance(x, transformers.GradientCheckpointingLayer)]
-    if args.gradient_checkpointing:  # the library's own way asks for training mode, and dropout
+    if args.gradient_checkpointing:  # the library's own way works in training mode only
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     policy = ResponseLogps(model)

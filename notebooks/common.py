@@ -89,20 +89,21 @@ def sample(model, pairs, greedy=False):
 
 
 def read_answers(ids, is_answer):
-    """-> the texts of prompts, and of answers without their end."""
+    """-> the texts of prompts, which have 12 tokens, and of answers without their end."""
     prompts = [demo.TOKENIZER.decode(row[:12]) for row in ids]
     answers = [demo.TOKENIZER.decode(row[mask]) for row, mask in zip(ids, is_answer)]
     return prompts, [answer.removesuffix("</s>") for answer in answers]
 
 
-def share_up(prompts, answers):
+def share_up(prompts, answers):  # of four words each
     up = [demo.count_up(x[:-1].split(" "), y) for x, y in zip(prompts, answers)]
     return sum(up) / (4 * len(up))
 
 
 @torch.no_grad()
 def judge(model, start, pairs):
-    """-> what a judge who knows the words sees in a model's own answers, and these answers."""
+    """-> what a judge who knows the words sees in a model's own answers, and these answers: the
+    share of words up, and of answers that end, |y| in tokens, the divergence from the start."""
     ids, is_answer = sample(model, pairs)
     prompts, answers = read_answers(ids, is_answer)
     ended = (ids == demo.TOKENIZER.eos_token_id).any(1).float()
@@ -129,13 +130,14 @@ def judge_the_end(model, pairs):
 
 # ------------------------------------------------------------------------------ training
 def train(loss, seed=0, steps=60, every=0, lr=1e-4, pairs=None, held_out=200, **hyper):
-    """Train a copy of the demo's start, 8 pairs a step -> the model, and a table with a row for each
-    evaluation on so many held-out pairs: every so many steps, or at the end alone."""
+    """Train a copy of the demo's start, 8 pairs a step, each pair once -> the model, and a table of
+    evaluations on `held_out` pairs, every `every` steps (0: at the end alone). The other names are
+    flags of simpo.py; hyper are those of the objective."""
     start = load_start(seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(make_demo(seed) / "start")
     steps = 3 if QUICK else steps
     pairs = (pairs or read_pairs(seed, "train"))[: 8 * steps]
-    held_out = read_pairs(seed, "held_out")[: 30 if QUICK else held_out]
+    held_out_pairs = read_pairs(seed, "held_out")[: 30 if QUICK else held_out]
     flags = {"loss": loss, "seed": seed, "lr": lr, "batch_size": 8, **hyper}
     flags |= {"eval_every": every, "save_every": 0}
     argv = []
@@ -147,12 +149,14 @@ def train(loss, seed=0, steps=60, every=0, lr=1e-4, pairs=None, held_out=200, **
     def on_evaluate(model, step):
         if step == 0 and every == 0:  # the start is not asked for
             return {}
-        row, own = judge(model, start, held_out)
+        row, own = judge(model, start, held_out_pairs)
         answers.append(own)
-        return row | (judge_the_end(model, held_out) if every and step == steps else {})
+        if every > 0 and step == steps:
+            row |= judge_the_end(model, held_out_pairs)
+        return row
 
     with quiet(), tempfile.TemporaryDirectory() as args.output_dir:
-        rows = simpo.fit(model, pairs, held_out, args, on_evaluate)
+        rows = simpo.fit(model, pairs, held_out_pairs, args, on_evaluate)
     rows = [row for row in rows if "words_up" in row]  # the evaluations
     rows = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in rows]
     table = pandas.DataFrame(rows).rename(columns={"loss": "loss_of_pairs"})
@@ -186,7 +190,7 @@ def train_all(jobs):
 def draw(axis, table, x, y, name, **style):
     """The mean over seeds as a line, in the colour of its name, and all seeds as a band."""
     groups = table.groupby(x)[y]
-    axis.plot(groups.mean(), color=COLOURS[name], **{"label": NAMES[name]} | style)
+    axis.plot(groups.mean(), color=COLOURS[name], label=NAMES[name], **style)
     low, high = groups.min(), groups.max()
     axis.fill_between(low.index, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
 

@@ -24,7 +24,7 @@ import simpo
 def add_flags(parser):
     add = parser.add_argument
     add("--lora_rank", type=int, default=16, help="rank of B A (%(default)s)")
-    add("--lora_alpha", type=float, default=32, help="B A is times alpha / rank (%(default)s)")
+    add("--lora_alpha", type=float, default=32, help="B A is scaled by alpha / rank (%(default)s)")
     targets = "layers to adapt: all-linear, or names like q_proj,v_proj (%(default)s)"
     add("--lora_targets", default="all-linear", help=targets)
     add("--merge", action="store_true", help="save whole weights, W + alpha / rank B A, in fp32")

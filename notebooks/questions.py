@@ -37,10 +37,11 @@ def check(parser, args):  # before anything is loaded
 
 
 def read_rows(args):
-    is_file = Path(args.instructions).suffix in (".json", ".jsonl")
+    path = Path(args.instructions)
+    is_file = path.suffix in (".json", ".jsonl")
     source, files = ("json", args.instructions) if is_file else (args.instructions, None)
-    if is_file and Path(args.instructions).exists() and not Path(args.instructions).stat().st_size:
-        sys.exit(f"{args.instructions} has no rows")
+    if is_file and path.exists() and path.stat().st_size == 0:  # datasets ends in a traceback
+        sys.exit(f"{path} has no rows")
     try:
         return list(datasets.load_dataset(source, data_files=files, split=args.split))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
