@@ -12,7 +12,8 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models so small train on the CPU, and alike everywhere
+if "KEEP_GPU" not in os.environ:  # models so small train on the CPU, and alike everywhere
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # simpo.py is in the folder above
 warnings.filterwarnings("ignore")
 
