@@ -1,4 +1,4 @@
-"""explore.html in a JavaScript engine (pip install mini-racer), and in Chromium, if there is one."""
+"""explore.html in a JavaScript engine (pip install mini-racer), and in Chromium, if it is there."""
 
 import itertools
 import json
