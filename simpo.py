@@ -230,16 +230,16 @@ def collate(pairs, pad_token_id=0):
 
 def load_pairs(source, split, tokenizer, args):
     """A hub id, folder or file -> tokenized pairs, in mapped files. Says what is left out."""
-    from datasets import Features, List, Value, fingerprint, load_dataset  # not for fit
+    from datasets import Features, List, Value, exceptions, fingerprint, load_dataset  # not for fit
 
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     kind = kinds.get(Path(source.lower().removesuffix(".gz")).suffix)
-    files = str(Path(source).absolute()) if kind else None
-    if files and not (os.path.isfile(files) and os.path.getsize(files) > 0):
-        sys.exit(f"simpo.py: {source}: there is no such file, or it is empty")
-    rows = load_dataset(kind or source, data_files=files, split=split)
+    try:
+        rows = load_dataset(kind or source, data_files=source if kind else None, split=split)
+    except (OSError, ValueError, StopIteration, exceptions.DatasetsError) as error:
+        sys.exit(f"simpo.py: no pairs in {source}: {error.__cause__ or error!r}")
     if "Json(" in str([rows.features.get(x) for x in ("prompt", "chosen", "rejected")]):
-        sys.exit(f"simpo.py: {source} mixes texts and messages, so that the text 24 is a number")
+        sys.exit(f"simpo.py: {source} mixes texts, numbers and messages, or keys of messages")
     # Other names? rows = rows.rename_columns({"question": "prompt", "better": "chosen", ...})
     columns = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32")))
     columns |= {"cut": Value("bool"), "reason": Value("string")}
@@ -261,7 +261,7 @@ def load_pairs(source, split, tokenizer, args):
     print(f"{source}: {len(rows)} rows, {len(pairs)} pairs, {sum(pairs['cut'])} of them cut")
     print("    columns not read:", sorted({*rows.column_names} - {"prompt", "chosen", "rejected"}))
     for reason, count in Counter(filter(None, results["reason"])).most_common(10):
-        print(f"    {count} dropped: {reason}")
+        print(f"    {count} dropped: {reason} (row {results['reason'][:].index(reason) + 1}, ...)")
     if len(pairs) == 0:
         sys.exit("simpo.py: no pair is left")
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -513,7 +513,7 @@ def fit(model, pairs, held_out, args, on_evaluate=lambda model, step: {}):
     steps = args.max_steps or args.epochs * per_epoch
     cosine = transformers.get_cosine_schedule_with_warmup  # or get_linear_schedule_with_warmup
     schedule = cosine(optimizer, int(args.warmup_ratio * steps), steps, last_epoch=done - 1)
-    print(f"{args.loss} {args.hyperparameters}: {steps - done} steps of {args.batch_size} pairs")
+    print(f"{args.loss} {args.hyperparameters}: steps {done + 1} to {steps}, {per_epoch} an epoch")
     rows, skipped = [], 0
     if done == 0 and len(held_out) > 0:
         rows.append(evaluate(policy, held_out, held_out_ref_logps, 0, args, on_evaluate))

@@ -299,10 +299,10 @@ def test_the_house_keeps_its_caps():
 def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
     """Catches tracebacks for a typo in a path, and a model that is overwritten."""
     out, empty = tmp_path / "out", write_jsonl(tmp_path / "empty.jsonl", [])
-    for path in (tmp_path / "absent.jsonl", empty):
-        assert "no such file, or it is empty" in mistake(place, out, "--dataset", path)
+    for path in (tmp_path / "absent.jsonl", empty, write_jsonl(tmp_path / "odd.jsonl", ["a", 1])):
+        assert f"no pairs in {path}: " in mistake(place, out, "--dataset", path)
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [PLAIN[0] | {"chosen": "24"}, NINE[0]])
-    assert "mixes texts and messages" in mistake(place, out, "--dataset", mixed)
+    assert "mixes texts, numbers and messages" in mistake(place, out, "--dataset", mixed)
     nothing = write_jsonl(tmp_path / "nothing.jsonl", [core.chat("x", "a", "a")])
     assert "no pair" in mistake(place, out, "--dataset", nothing)
     assert "holds a run" in mistake(place, place / "llama")
