@@ -261,7 +261,7 @@ def load_pairs(source, split, tokenizer, args):
     print(f"{source}: {len(rows)} rows, {len(pairs)} pairs, {sum(pairs['cut'])} of them cut")
     print("    columns not read:", sorted({*rows.column_names} - {"prompt", "chosen", "rejected"}))
     for reason, count in Counter(filter(None, results["reason"])).most_common(10):
-        print(f"    {count} dropped: {reason} (row {results['reason'][:].index(reason) + 1}, ...)")
+        print(f"    {count} dropped: {reason} (row {results['reason'][:].index(reason) + 1} first)")
     if len(pairs) == 0:
         sys.exit("simpo.py: no pair is left")
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):

@@ -687,7 +687,7 @@ def test_what_is_dropped_and_cut_is_said(place, tmp_path, capsys):
     assert len(simpo.load_pairs(str(data), "train", make_tokenizer(), args)) == 10
     shown = capsys.readouterr().out
     assert "13 rows, 10 pairs, 1 of them cut" in shown and "not read: ['system']" in shown
-    assert "2 dropped: identical answers (row 10" in shown and "1 dropped: an empty" in shown
+    assert "2 dropped: identical answers (row 10 first)" in shown and "1 dropped: an empty" in shown
     assert "prompt_ids end in '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'" in shown
     assert "chosen_ids end in 'Hello!<|im_end|>'" in shown
 

@@ -304,7 +304,7 @@ def test_mistakes_of_the_keyboard_are_one_line(place, tmp_path):
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [PLAIN[0] | {"chosen": "24"}, NINE[0]])
     assert "mixes texts, numbers and messages" in mistake(place, out, "--dataset", mixed)
     nothing = write_jsonl(tmp_path / "nothing.jsonl", [core.chat("x", "a", "a")])
-    assert "no pair" in mistake(place, out, "--dataset", nothing)
+    assert "no pair is left" in mistake(place, out, "--dataset", nothing)
     assert "holds a run" in mistake(place, place / "llama")
     assert "--model" in mistake(place, out, "--model", tmp_path / "absent")
     assert "for torchrun" in mistake(place, out, "--shard")
